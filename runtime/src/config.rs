@@ -1,0 +1,350 @@
+//! Settings: the same names on the command line and in a TOML file. Defaults < file < flags; unknown keys are refused.
+//!
+//! Called by `cli` and by whoever embeds a job; the plan and all processes work from [`Settings`], never from the
+//! environment.
+
+use crate::error::Error;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// What a waiting worker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Idle {
+    /// Never sleeps: for cores of one's own.
+    Spin,
+    /// Spins for a while, then sleeps until something is published for it.
+    Adaptive,
+}
+
+/// Form of the final report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportForm {
+    /// One JSON object on one line.
+    Json,
+    /// A few lines for people.
+    Text,
+}
+
+/// What producers do while a consumer's process is dead and its ring is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Completeness {
+    /// They wait: nothing is lost.
+    Full,
+    /// They go on, and drop and count what does not fit.
+    Partial,
+}
+
+/// A number of bytes, written plainly or with KiB, MiB or GiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Bytes(pub usize);
+
+impl std::str::FromStr for Bytes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let shift = match text[digits.len()..].trim() {
+            "" | "B" => 0,
+            "KiB" | "K" | "k" => 10,
+            "MiB" | "M" => 20,
+            "GiB" | "G" => 30,
+            unit => return Err(format!("unknown unit {unit:?}; write bytes, KiB, MiB or GiB")),
+        };
+        let number: usize =
+            digits.parse().map_err(|_| format!("{text:?} is not a number of bytes, such as 4MiB"))?;
+        number.checked_shl(shift).filter(|bytes| bytes >> shift == number).map(Self).ok_or_else(|| {
+            format!("{text} is more than this machine can address")
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Number(usize),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Number(bytes) => Ok(Self(bytes)),
+            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// The settings as given: on the command line, or in a file under the same names.
+#[derive(Debug, Clone, Default, clap::Args, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[command(next_help_heading = "Testudo")]
+pub struct SettingsArgs {
+    /// Name of the job [default: the program's name]
+    #[arg(long)]
+    name: Option<String>,
+    /// Worker processes [default: the number of cores]
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// Cores to pin workers to, such as 0,2-5 [default: all that this process may use]
+    #[arg(long, value_name = "LIST")]
+    cores: Option<String>,
+    /// What a worker without input does [default: adaptive]
+    #[arg(long, value_enum)]
+    idle: Option<Idle>,
+    /// Bytes of each ring of an edge, a power of two [default: 4MiB]
+    #[arg(long, value_name = "BYTES")]
+    ring_bytes: Option<Bytes>,
+    /// Key groups of each keyed operator [default: 128]
+    #[arg(long, value_name = "N")]
+    key_groups: Option<usize>,
+    /// Ask for huge pages
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    huge_pages: Option<bool>,
+    /// Stop after so many records of the job's input
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// Read so many records a second, all sources together
+    #[arg(long, value_name = "N")]
+    rate: Option<u64>,
+    /// File for refused input lines [default: they are only counted]
+    #[arg(long, value_name = "FILE")]
+    rejects: Option<PathBuf>,
+    /// Fail when a source subtask has refused more lines than this
+    #[arg(long, value_name = "N")]
+    max_rejects: Option<u64>,
+    /// Read each input file whole, honouring line ends inside quotes
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    no_split: Option<bool>,
+    /// Whether producers wait for a dead consumer or drop records for it [default: full]
+    #[arg(long, value_enum)]
+    completeness: Option<Completeness>,
+    /// Deaths of a worker in a row, without a commit in between, after which the job fails [default: 8]
+    #[arg(long, value_name = "N")]
+    restart_budget: Option<u32>,
+    /// Take archived records from other workers without validating them
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    trust_records: Option<bool>,
+    /// Form of the final report on standard error [default: text]
+    #[arg(long, value_enum)]
+    report: Option<ReportForm>,
+    /// Print the plan and its limits instead of running
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    explain: Option<bool>,
+    /// Show no progress, even on a terminal
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    no_progress: Option<bool>,
+    /// TOML file with these settings
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+}
+
+/// Complete settings of a job.
+///
+/// ```
+/// let settings = testudo::config::Settings { workers: 2, ..Default::default() };
+/// assert_eq!(settings.ring_bytes, 4 << 20);
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Name of the job.
+    pub name: String,
+    /// Worker processes that stages are spread over.
+    pub workers: usize,
+    /// Cores to pin workers to, in order.
+    pub cores: Vec<usize>,
+    /// What a worker without input does.
+    pub idle: Idle,
+    /// Bytes of each ring: a power of two, at least a page.
+    pub ring_bytes: usize,
+    /// Key groups of each keyed operator.
+    pub key_groups: usize,
+    /// Ask for huge pages.
+    pub huge_pages: bool,
+    /// Records after which all sources of the job stop.
+    pub limit: Option<u64>,
+    /// Records a second of all sources together.
+    pub rate: Option<u64>,
+    /// File for refused input.
+    pub rejects: Option<PathBuf>,
+    /// Refused inputs of a source subtask after which the job fails.
+    pub max_rejects: Option<u64>,
+    /// Input files are not cut.
+    pub no_split: bool,
+    /// What producers do when a consumer is dead.
+    pub completeness: Completeness,
+    /// Deaths in a row without a commit after which the job fails.
+    pub restart_budget: u32,
+    /// Archived records are taken without validation.
+    pub trust_records: bool,
+    /// Form of the final report.
+    pub report: ReportForm,
+    /// Print the plan instead of running.
+    pub explain: bool,
+    /// Show progress when standard error is a terminal.
+    pub progress: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        let cores = usable_cores();
+        Self {
+            name: "job".into(),
+            workers: cores.len().max(1),
+            cores,
+            idle: Idle::Adaptive,
+            ring_bytes: 4 << 20,
+            key_groups: 128,
+            huge_pages: false,
+            limit: None,
+            rate: None,
+            rejects: None,
+            max_rejects: None,
+            no_split: false,
+            completeness: Completeness::Full,
+            restart_budget: 8,
+            trust_records: false,
+            report: ReportForm::Text,
+            explain: false,
+            progress: true,
+        }
+    }
+}
+
+/// The cores that this process may run on.
+#[must_use]
+pub fn usable_cores() -> Vec<usize> {
+    let cores = core_affinity::get_core_ids().unwrap_or_default();
+    if cores.is_empty() { vec![0] } else { cores.into_iter().map(|core| core.id).collect() }
+}
+
+impl SettingsArgs {
+    /// Puts flags, file and defaults together and checks the result.
+    ///
+    /// # Errors
+    /// What is wrong with a value, the file, or a key in it.
+    pub fn resolve(self, program: &str) -> Result<Settings, Error> {
+        let file = match &self.config {
+            Some(path) => read_file(path)?,
+            None => Self::default(),
+        };
+        let settings = self.or(file).over(Settings { name: program.into(), ..Settings::default() })?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// These, and the others where these say nothing.
+    fn or(self, other: Self) -> Self {
+        Self {
+            name: self.name.or(other.name),
+            workers: self.workers.or(other.workers),
+            cores: self.cores.or(other.cores),
+            idle: self.idle.or(other.idle),
+            ring_bytes: self.ring_bytes.or(other.ring_bytes),
+            key_groups: self.key_groups.or(other.key_groups),
+            huge_pages: self.huge_pages.or(other.huge_pages),
+            limit: self.limit.or(other.limit),
+            rate: self.rate.or(other.rate),
+            rejects: self.rejects.or(other.rejects),
+            max_rejects: self.max_rejects.or(other.max_rejects),
+            no_split: self.no_split.or(other.no_split),
+            completeness: self.completeness.or(other.completeness),
+            restart_budget: self.restart_budget.or(other.restart_budget),
+            trust_records: self.trust_records.or(other.trust_records),
+            report: self.report.or(other.report),
+            explain: self.explain.or(other.explain),
+            no_progress: self.no_progress.or(other.no_progress),
+            config: None,
+        }
+    }
+
+    fn over(self, base: Settings) -> Result<Settings, Error> {
+        let cores = match &self.cores {
+            Some(list) => parse_cores(list).map_err(Error::Usage)?,
+            None => base.cores,
+        };
+        let default_workers = if self.cores.is_some() { cores.len() } else { base.workers };
+        Ok(Settings {
+            name: self.name.unwrap_or(base.name),
+            workers: self.workers.unwrap_or(default_workers),
+            cores,
+            idle: self.idle.unwrap_or(base.idle),
+            ring_bytes: self.ring_bytes.map_or(base.ring_bytes, |bytes| bytes.0),
+            key_groups: self.key_groups.unwrap_or(base.key_groups),
+            huge_pages: self.huge_pages.unwrap_or(base.huge_pages),
+            limit: self.limit.or(base.limit),
+            rate: self.rate.or(base.rate),
+            rejects: self.rejects.or(base.rejects),
+            max_rejects: self.max_rejects.or(base.max_rejects),
+            no_split: self.no_split.unwrap_or(base.no_split),
+            completeness: self.completeness.unwrap_or(base.completeness),
+            restart_budget: self.restart_budget.unwrap_or(base.restart_budget),
+            trust_records: self.trust_records.unwrap_or(base.trust_records),
+            report: self.report.unwrap_or(base.report),
+            explain: self.explain.unwrap_or(base.explain),
+            progress: !self.no_progress.unwrap_or(!base.progress),
+        })
+    }
+}
+
+impl Settings {
+    /// Checks what a type cannot.
+    ///
+    /// # Errors
+    /// The offending value and what it should be.
+    pub fn check(&self) -> Result<(), Error> {
+        let usage = |message: String| Err(Error::Usage(message));
+        let limit = crate::plan::WORKERS_MAX;
+        if self.workers == 0 || self.workers > limit {
+            return usage(format!("--workers {}: a job has 1 to {limit} workers", self.workers));
+        }
+        if self.name.is_empty() || self.name.contains(['/', '\0', '\n']) {
+            return usage(format!("--name {:?}: a name has no slashes or line ends", self.name));
+        }
+        if !self.ring_bytes.is_power_of_two() || !(4096..=1 << 30).contains(&self.ring_bytes) {
+            return usage(format!(
+                "--ring-bytes {}: a ring is a power of two from 4KiB to 1GiB, such as {}",
+                self.ring_bytes,
+                self.ring_bytes.clamp(4096, 1 << 30).next_power_of_two()
+            ));
+        }
+        if self.key_groups == 0 || self.key_groups > 32_768 {
+            return usage(format!("--key-groups {}: 1 to 32768", self.key_groups));
+        }
+        if self.rate == Some(0) {
+            return usage("--rate 0: a job that reads nothing never ends; leave it out for full speed".into());
+        }
+        let usable = usable_cores();
+        if let Some(core) = self.cores.iter().find(|core| !usable.contains(core)) {
+            return usage(format!("--cores: core {core} is not among those this process may use {usable:?}"));
+        }
+        Ok(())
+    }
+}
+
+fn read_file(path: &Path) -> Result<SettingsArgs, Error> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| Error::Usage(format!("cannot read --config {}: {error}", path.display())))?;
+    toml::from_str(&text)
+        .map_err(|error| Error::Usage(format!("--config {}: {}", path.display(), error.to_string().trim_end())))
+}
+
+/// Parses 0,2-5.
+fn parse_cores(list: &str) -> Result<Vec<usize>, String> {
+    let bad = || format!("--cores {list:?}: write core numbers, such as 0,2-5");
+    let mut cores = Vec::new();
+    for part in list.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let first: usize = first.trim().parse().map_err(|_| bad())?;
+        let last: usize = last.trim().parse().map_err(|_| bad())?;
+        if first > last || last > 4095 {
+            return Err(bad());
+        }
+        cores.extend((first..=last).filter(|core| !cores.contains(core)).collect::<Vec<_>>());
+    }
+    Ok(cores)
+}

@@ -1,0 +1,213 @@
+//! The inlet: the head of a stage behind an exchange. Takes frames from rings in place, and batches handed over by the
+//! producer in the same worker, and keeps the watermark: the lowest of all its channels.
+//!
+//! Invariants:
+//! - a frame is taken whole or up to a record boundary; how much of it is taken is part of the position cell;
+//! - a channel that ended no longer holds the watermark; the stage ends when all channels have;
+//! - nothing is taken while the operators behind it have no room (R7).
+//!
+//! Called by the step loop (as a [`Stage`]) and by outlets of the same worker (as an [`Intake`]).
+
+use crate::operator::{Intake, Push, Stage};
+use crate::worker::context::Cx;
+use testudo_shm::consumer::Frame;
+use testudo_shm::fault::Fault;
+use testudo_shm::record::{Batch, Record};
+use testudo_shm::txn::Place;
+
+/// Records that one ring may give in one step, so that no channel starves the others.
+const TURN: usize = 2048;
+
+/// One producer of this stage.
+#[derive(Debug)]
+pub struct Channel {
+    /// Its ring, as an index of the context; `None` for the producer in the same worker.
+    pub(crate) ring: Option<usize>,
+    pub(crate) watermark: Place<i64>,
+    pub(crate) ended: Place<u64>,
+}
+
+pub struct Inlet<T, N> {
+    pub(crate) next: N,
+    pub(crate) channels: Vec<Channel>,
+    /// Lowest watermark of all channels, as handed on.
+    pub(crate) watermark: Place<i64>,
+    /// 1 when everything has ended and was passed on.
+    pub(crate) done: Place<u64>,
+    pub(crate) first: usize,
+    pub(crate) of: std::marker::PhantomData<fn(T)>,
+}
+
+impl<T: Record, N: Push<T>> Inlet<T, N> {
+    fn advance_watermark(&mut self, cx: &mut Cx) {
+        let mut lowest = i64::MAX;
+        for channel in &self.channels {
+            if cx.txn.get(channel.ended) == 0 {
+                lowest = lowest.min(cx.txn.get(channel.watermark));
+            }
+        }
+        if lowest > cx.txn.get(self.watermark) {
+            cx.txn.set(self.watermark, lowest);
+            self.next.watermark(cx, lowest);
+        }
+    }
+
+    fn note_watermark(&mut self, cx: &mut Cx, channel: usize, watermark: i64) {
+        let place = self.channels[channel].watermark;
+        if watermark > cx.txn.get(place) {
+            cx.txn.set(place, watermark);
+            self.advance_watermark(cx);
+        }
+    }
+
+    fn note_end(&mut self, cx: &mut Cx, channel: usize) {
+        cx.txn.set(self.channels[channel].ended, 1);
+        self.advance_watermark(cx);
+    }
+
+    fn try_end(&mut self, cx: &mut Cx) -> usize {
+        let all = self.channels.iter().all(|channel| cx.txn.get(channel.ended) != 0);
+        if !all || cx.txn.get(self.done) != 0 || self.next.room(cx) == 0 {
+            return 0;
+        }
+        if self.next.end(cx) {
+            cx.txn.set(self.done, 1);
+            return 1;
+        }
+        0
+    }
+
+    /// Takes frames from one ring while there is room. Returns the records taken.
+    fn take_ring(&mut self, cx: &mut Cx, index: usize, channel: usize) -> usize {
+        let Some(mut ring) = cx.in_rings[index].ring.take() else {
+            return 0;
+        };
+        let mut taken = 0;
+        while taken < TURN && cx.failure.is_none() && !cx.txn.is_nearly_full() {
+            let room = self.next.room(cx);
+            if room == 0 {
+                break;
+            }
+            let done = match ring.frame() {
+                None => break,
+                Some(Frame::Data { bytes, count }) => {
+                    let inner = (cx.in_rings[index].inner_bytes, cx.in_rings[index].inner_count);
+                    match self.take_data(cx, bytes, count, inner, room) {
+                        Ok((whole, records, inner)) => {
+                            cx.in_rings[index].inner_bytes = inner.0;
+                            cx.in_rings[index].inner_count = inner.1;
+                            taken += records;
+                            whole
+                        }
+                        Err(fault) => {
+                            ring.quarantine(fault);
+                            break;
+                        }
+                    }
+                }
+                Some(Frame::Mark(mark)) => {
+                    self.note_watermark(cx, channel, mark.watermark);
+                    taken += 1;
+                    true
+                }
+                Some(Frame::End) => {
+                    self.note_end(cx, channel);
+                    taken += 1;
+                    true
+                }
+            };
+            if done {
+                ring.take();
+            }
+        }
+        cx.in_rings[index].ring = Some(ring);
+        taken
+    }
+
+    /// Pushes up to `room` records of a frame, of which `inner` (bytes, records) were taken before. Returns whether the
+    /// frame is finished, the records pushed, and the new inner position.
+    #[inline(always)]
+    fn take_data(
+        &mut self,
+        cx: &mut Cx,
+        bytes: &[u8],
+        count: usize,
+        inner: (u64, u64),
+        room: usize,
+    ) -> Result<(bool, usize, (u64, u64)), Fault> {
+        let skip = inner.0 as usize;
+        let left = count.saturating_sub(inner.1 as usize);
+        let rest = bytes.get(skip..).unwrap_or_default();
+        let batch = checked_batch::<T>(rest, left, cx.validate)?;
+        if left <= room {
+            self.next.push_batch(cx, batch);
+            self.next.end_batch(cx);
+            return Ok((true, left, (0, 0)));
+        }
+        let part = first_records(batch, room);
+        let used = part.bytes().len() as u64;
+        self.next.push_batch(cx, part);
+        self.next.end_batch(cx);
+        Ok((false, room, (inner.0 + used, inner.1 + room as u64)))
+    }
+}
+
+/// The records of a frame, validated unless the job switched that off for archived ones.
+#[inline(always)]
+fn checked_batch<T: Record>(bytes: &[u8], count: usize, validate: bool) -> Result<Batch<'_, T>, Fault> {
+    if T::SIZE.is_some() || validate {
+        Batch::check(bytes, count, 0)
+    } else {
+        crate::worker::trusted_batch(bytes, count)
+    }
+}
+
+/// The first `count` records of a batch.
+fn first_records<T: Record>(batch: Batch<'_, T>, count: usize) -> Batch<'_, T> {
+    batch.split_at(count).0
+}
+
+impl<T: Record, N: Push<T>> Stage for Inlet<T, N> {
+    fn run(&mut self, cx: &mut Cx) -> usize {
+        let mut work = usize::from(self.next.pump(cx));
+        let count = self.channels.len();
+        for turn in 0..count {
+            let channel = (self.first + turn) % count;
+            if let Some(ring) = self.channels[channel].ring {
+                if cx.in_rings[ring].ring.as_ref().is_some_and(|ring| ring.backlog() > 0) {
+                    work += self.take_ring(cx, ring, channel);
+                }
+            }
+        }
+        self.first = if self.first + 1 >= count { 0 } else { self.first + 1 };
+        work + self.try_end(cx)
+    }
+
+    fn save(&mut self, cx: &mut Cx) {
+        self.next.save(cx);
+    }
+
+    fn is_done(&self, cx: &Cx) -> bool {
+        cx.txn.get(self.done) != 0
+    }
+}
+
+impl<T: Record, N: Push<T>> Intake<T> for Inlet<T, N> {
+    fn room(&mut self, cx: &mut Cx) -> usize {
+        self.next.room(cx)
+    }
+
+    fn take_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
+        self.next.push_batch(cx, batch);
+        self.next.end_batch(cx);
+    }
+
+    fn take_watermark(&mut self, cx: &mut Cx, channel: usize, watermark: i64) {
+        self.note_watermark(cx, channel, watermark);
+    }
+
+    fn take_end(&mut self, cx: &mut Cx, channel: usize) {
+        self.note_end(cx, channel);
+    }
+}
+

@@ -1,0 +1,292 @@
+//! The outlet: the last operator of a stage, writing records in place into one lane for each consuming subtask.
+//!
+//! Invariants:
+//! - lanes are open only within a batch: `end_batch` closes every frame, so nothing is patched after commit (R6);
+//! - what does not fit is spilled, and a lane that spills takes no record and no watermark before its spill is out (R7);
+//! - a lane's mark follows the records that it covers; `marked` is private and starts empty on attach, so a mark that a
+//!   dead process did not get out is sent again (marks are idempotent).
+//!
+//! Called by the stage's last operator; consumers are an [`Intake`] in this worker or an inlet behind a ring.
+
+use super::route::Route;
+use crate::error::Error;
+use crate::operator::{Intake, Push};
+use crate::worker::context::Cx;
+use std::cell::RefCell;
+use std::rc::Rc;
+use testudo_shm::frame::Mark;
+use testudo_shm::record::{Item, Record};
+use testudo_shm::scatter::Scatter;
+use testudo_shm::spill::Spill;
+use testudo_shm::txn::Place;
+
+/// Records of one batch that an outlet wants room for.
+pub(crate) const BATCH: usize = 1024;
+
+/// Bytes kept open for archived records, whose size is not known before.
+const ARCHIVED_BYTES: usize = 32 << 10;
+
+/// Bytes that an archived record is counted as when room is reported.
+const ARCHIVED_GUESS: usize = 256;
+
+/// Where a lane leads.
+pub(crate) enum Lane<T: Record> {
+    /// To the subtask in this worker, as its input channel number so-and-so.
+    Local { intake: Rc<RefCell<dyn Intake<T>>>, channel: usize },
+    /// Into the ring at this index of the context.
+    Ring(usize),
+}
+
+pub struct Outlet<T: Record, R> {
+    pub(crate) name: String,
+    pub(crate) lanes: Vec<Lane<T>>,
+    pub(crate) spills: Vec<Spill>,
+    pub(crate) scatter: Scatter<T>,
+    pub(crate) route: R,
+    pub(crate) is_open: bool,
+    pub(crate) watermark: Place<i64>,
+    pub(crate) marked: Vec<i64>,
+    pub(crate) ended: Place<u64>,
+}
+
+impl<T: Record, R: Route<T>> Outlet<T, R> {
+    const BYTES: usize = match T::SIZE {
+        Some(size) => BATCH * size,
+        None => ARCHIVED_BYTES,
+    };
+
+    fn open(&mut self, cx: &mut Cx) {
+        for lane in 0..self.lanes.len() {
+            self.open_lane(cx, lane);
+        }
+        self.is_open = true;
+    }
+
+    #[inline]
+    fn open_lane(&mut self, cx: &mut Cx, lane: usize) {
+        match &self.lanes[lane] {
+            Lane::Local { .. } => self.scatter.open_local(lane, Self::BYTES),
+            Lane::Ring(index) => {
+                let ring = &mut cx.out_rings[*index].ring;
+                self.scatter.open_ring(lane, ring, Self::BYTES);
+            }
+        }
+    }
+
+    #[inline]
+    fn close_lane(&mut self, cx: &mut Cx, lane: usize) {
+        match &self.lanes[lane] {
+            Lane::Local { intake, .. } => {
+                let batch = self.scatter.take_local(lane);
+                if !batch.is_empty() {
+                    intake.borrow_mut().take_batch(cx, batch);
+                }
+            }
+            Lane::Ring(index) => {
+                self.scatter.close_ring(lane, &mut cx.out_rings[*index].ring);
+            }
+        }
+    }
+
+    /// What did not fit: close the frame, try the rest of the ring, else spill.
+    #[cold]
+    #[inline(never)]
+    fn overflow(&mut self, cx: &mut Cx, lane: usize, item: Item<'_, T>) {
+        if self.spills[lane].is_empty(&cx.txn) {
+            let full = match &self.lanes[lane] {
+                Lane::Local { .. } if self.scatter.pushed(lane) == 0 => true,
+                Lane::Local { intake, .. } => {
+                    let batch = self.scatter.take_local(lane);
+                    let mut intake = intake.borrow_mut();
+                    intake.take_batch(cx, batch);
+                    intake.room(cx) == 0
+                }
+                Lane::Ring(index) => {
+                    let ring = &mut cx.out_rings[*index].ring;
+                    self.scatter.close_ring(lane, ring);
+                    let bytes = T::item_len(item);
+                    if bytes as u64 + 128 > ring.capacity() {
+                        return self.too_large(cx, bytes, *index);
+                    }
+                    ring.room(bytes) < bytes
+                }
+            };
+            if !full {
+                self.open_lane(cx, lane);
+                if self.scatter.push(lane, item) {
+                    return;
+                }
+                self.close_lane(cx, lane);
+            }
+        }
+        if let Err(full) = self.spills[lane].push(&mut cx.txn, item) {
+            cx.fail(Error::job(
+                &self.name,
+                format!(
+                    "one record led to more than {} bytes for a single consumer; emit less from one record",
+                    full.bytes
+                ),
+            ));
+        }
+    }
+
+    fn too_large(&self, cx: &mut Cx, bytes: usize, ring: usize) {
+        let capacity = cx.out_rings[ring].ring.capacity();
+        cx.fail(Error::job(
+            &self.name,
+            format!(
+                "a record of {bytes} bytes does not fit into a ring of {capacity}; raise --ring-bytes to at least {}",
+                (bytes * 2 + 256).next_power_of_two()
+            ),
+        ));
+    }
+
+    #[inline(always)]
+    fn push_lane(&mut self, cx: &mut Cx, lane: usize, item: Item<'_, T>) {
+        if !self.scatter.push(lane, item) {
+            self.overflow(cx, lane, item);
+        }
+    }
+
+    /// Sends marks on every lane that has none for the present watermark; true when one went out.
+    fn send_marks(&mut self, cx: &mut Cx) -> bool {
+        let watermark = cx.txn.get(self.watermark);
+        let mut any = false;
+        for lane in 0..self.lanes.len() {
+            if self.marked[lane] >= watermark || !self.spills[lane].is_empty(&cx.txn) {
+                continue;
+            }
+            match &self.lanes[lane] {
+                Lane::Local { intake, channel } => {
+                    intake.borrow_mut().take_watermark(cx, *channel, watermark);
+                }
+                Lane::Ring(index) => {
+                    let mark = Mark { watermark, sent_ns: cx.now_ns, routing: 0 };
+                    if !cx.out_rings[*index].ring.mark(mark) {
+                        continue;
+                    }
+                }
+            }
+            self.marked[lane] = watermark;
+            any = true;
+        }
+        any
+    }
+
+    /// Drains what was spilled; true when something moved.
+    fn drain_spills(&mut self, cx: &mut Cx) -> bool {
+        let mut any = false;
+        for lane in 0..self.lanes.len() {
+            let spill = &mut self.spills[lane];
+            if spill.is_empty(&cx.txn) {
+                spill.trim(&cx.txn);
+                continue;
+            }
+            match &self.lanes[lane] {
+                Lane::Ring(index) => {
+                    any |= spill.drain_into::<T>(&mut cx.txn, &mut cx.out_rings[*index].ring) > 0;
+                }
+                Lane::Local { intake, .. } => {
+                    let mut intake = intake.borrow_mut();
+                    let room = intake.room(cx).min(BATCH);
+                    if room > 0 {
+                        let batch = spill.front::<T>(&cx.txn, room);
+                        let bytes = batch.bytes().len();
+                        intake.take_batch(cx, batch);
+                        spill.drained(&mut cx.txn, bytes);
+                        any = true;
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    fn is_spilling(&self, cx: &Cx) -> bool {
+        self.spills.iter().any(|spill| !spill.is_empty(&cx.txn))
+    }
+}
+
+impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
+    #[inline(always)]
+    fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
+        if !self.is_open {
+            self.open(cx);
+        }
+        if R::BROADCAST {
+            for lane in 0..self.lanes.len() {
+                self.push_lane(cx, lane, item);
+            }
+        } else {
+            let lane = self.route.lane(item);
+            self.push_lane(cx, lane, item);
+        }
+    }
+
+    fn end_batch(&mut self, cx: &mut Cx) {
+        if self.is_open {
+            self.is_open = false;
+            for lane in 0..self.lanes.len() {
+                self.close_lane(cx, lane);
+            }
+        }
+    }
+
+    fn watermark(&mut self, cx: &mut Cx, watermark: i64) {
+        if watermark > cx.txn.get(self.watermark) {
+            self.end_batch(cx);
+            cx.txn.set(self.watermark, watermark);
+            self.send_marks(cx);
+        }
+    }
+
+    fn room(&mut self, cx: &mut Cx) -> usize {
+        let mut room = BATCH;
+        for (lane, spill) in self.lanes.iter().zip(&self.spills) {
+            if !spill.is_empty(&cx.txn) {
+                return 0;
+            }
+            room = room.min(match lane {
+                Lane::Local { intake, .. } => intake.borrow_mut().room(cx),
+                Lane::Ring(index) => {
+                    let ring = &mut cx.out_rings[*index].ring;
+                    ring.room(Self::BYTES) / T::SIZE.unwrap_or(ARCHIVED_GUESS).max(1)
+                }
+            });
+        }
+        room
+    }
+
+    fn pump(&mut self, cx: &mut Cx) -> bool {
+        let drained = self.drain_spills(cx);
+        self.send_marks(cx) | drained
+    }
+
+    fn save(&mut self, _cx: &mut Cx) {}
+
+    fn end(&mut self, cx: &mut Cx) -> bool {
+        self.end_batch(cx);
+        self.send_marks(cx);
+        if self.is_spilling(cx) {
+            return false;
+        }
+        let watermark = cx.txn.get(self.watermark);
+        let mut ended = cx.txn.get(self.ended) as usize;
+        while ended < self.lanes.len() {
+            if self.marked[ended] < watermark {
+                return false;
+            }
+            match &self.lanes[ended] {
+                Lane::Local { intake, channel } => intake.borrow_mut().take_end(cx, *channel),
+                Lane::Ring(index) => {
+                    if !cx.out_rings[*index].ring.end() {
+                        return false;
+                    }
+                }
+            }
+            ended += 1;
+            cx.txn.set(self.ended, ended as u64);
+        }
+        true
+    }
+}

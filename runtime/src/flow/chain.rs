@@ -1,0 +1,164 @@
+//! Chains: how a stage is built inside out. Each operator of a stream is a [`Link`]; a chain of them ends at the stage's
+//! head (a source or an inlet) and, once its last operator is known, becomes one type: the fused loop.
+//!
+//! Called by `stream` while a flow is described, and by the worker's attach to build what it runs.
+
+use crate::error::Error;
+use crate::exchange::inlet::Inlet;
+use crate::operator::{Intake, Push, Stage};
+use crate::plan::CounterKind;
+use crate::source::stage::{Pace, SourceStage};
+use crate::source::Source;
+use crate::worker::StageRef;
+use crate::worker::attach::Attach;
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::rc::Rc;
+use testudo_shm::record::Record;
+
+/// Everything of a stage before the operator that is added next.
+pub trait Chain: Sized + 'static {
+    /// What comes out of it.
+    type Out: Record;
+
+    /// Builds the stage with `next` behind everything in this chain.
+    #[doc(hidden)]
+    fn build<N: Push<Self::Out> + 'static>(
+        self,
+        attach: &mut Attach,
+        next: N,
+    ) -> Result<StageRef, Error>;
+}
+
+/// One operator's part in building.
+pub trait Link<T: Record>: 'static {
+    /// What comes out of it.
+    type Out: Record;
+    /// The operator in front of `N`.
+    type Op<N: Push<Self::Out> + 'static>: Push<T> + 'static;
+
+    /// Puts the operator in front of `next`.
+    #[doc(hidden)]
+    fn link<N: Push<Self::Out> + 'static>(
+        self,
+        attach: &mut Attach,
+        next: N,
+    ) -> Result<Self::Op<N>, Error>;
+}
+
+/// A chain and one more operator.
+#[derive(Debug)]
+pub struct Then<C, L> {
+    pub(crate) chain: C,
+    pub(crate) link: L,
+}
+
+impl<C: Chain, L: Link<C::Out>> Chain for Then<C, L> {
+    type Out = L::Out;
+
+    fn build<N: Push<L::Out> + 'static>(
+        self,
+        attach: &mut Attach,
+        next: N,
+    ) -> Result<StageRef, Error> {
+        let operator = self.link.link(attach, next)?;
+        self.chain.build(attach, operator)
+    }
+}
+
+/// A stage that begins with a source.
+pub struct SourceChain<S> {
+    pub(crate) source: Rc<S>,
+    pub(crate) operator: usize,
+    pub(crate) stage: usize,
+    pub(crate) rejects: Option<usize>,
+    pub(crate) divide_limit: Option<u64>,
+}
+
+impl<S> std::fmt::Debug for SourceChain<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SourceChain(operator {})", self.operator)
+    }
+}
+
+impl<S: Source> Chain for SourceChain<S> {
+    type Out = S::Out;
+
+    fn build<N: Push<S::Out> + 'static>(
+        self,
+        attach: &mut Attach,
+        next: N,
+    ) -> Result<StageRef, Error> {
+        let subtask = attach.subtask(self.stage);
+        let name = attach.operator_name(self.operator);
+        let start = self.source.start(subtask);
+        let position = attach.cell(self.operator, "position", start)?;
+        let phase = attach.cell(self.operator, "phase", 0u64)?;
+        let from = attach.cx.txn.get(position);
+        let reader =
+            self.source.open(subtask, &from).map_err(|message| Error::job(&name, message))?;
+        let rejects = match self.rejects {
+            None => None,
+            Some(edge) => {
+                let outlet = attach.outlet::<String, _>(edge, crate::exchange::route::Only)?;
+                Some(Box::new(outlet) as Box<dyn Push<String>>)
+            }
+        };
+        let settings = attach.settings();
+        let (index, count) = (subtask.index as u64, subtask.count as u64);
+        let share = |total: u64| total / count + u64::from(index < total % count);
+        let rejects_max = settings.max_rejects.unwrap_or(u64::MAX);
+        let sources = attach.source_subtasks() as f64;
+        let stage: StageRef = Rc::new(RefCell::new(SourceStage {
+            reader,
+            position,
+            phase,
+            records: attach.counter(self.operator, CounterKind::Out),
+            rejected: attach.counter(self.operator, CounterKind::Rejected),
+            rejects,
+            rejects_max,
+            pace: settings.rate.map(|rate| Pace::new(rate as f64 / sources)),
+            limit: self.divide_limit.map(share),
+            wake: None,
+            name,
+            next,
+            of: PhantomData,
+        }));
+        Ok(stage)
+    }
+}
+
+/// A stage that begins behind one or more exchanges.
+#[derive(Debug)]
+pub struct InletChain<T> {
+    pub(crate) edges: Vec<usize>,
+    pub(crate) stage: usize,
+    pub(crate) of: PhantomData<fn() -> T>,
+}
+
+impl<T: Record> Chain for InletChain<T> {
+    type Out = T;
+
+    fn build<N: Push<T> + 'static>(self, attach: &mut Attach, next: N) -> Result<StageRef, Error> {
+        let name = format!("stage-{}", self.stage);
+        let mut channels = Vec::new();
+        let mut local = Vec::new();
+        for &edge in &self.edges {
+            attach.channels(edge, &mut channels, &mut local)?;
+        }
+        let inlet = Rc::new(RefCell::new(Inlet {
+            next,
+            channels,
+            watermark: attach.named_cell(&format!("{name}/watermark"), i64::MIN)?,
+            done: attach.named_cell(&format!("{name}/done"), 0u64)?,
+            first: 0,
+            of: PhantomData,
+        }));
+        for (edge, channel) in local {
+            let intake: Rc<RefCell<dyn Intake<T>>> = Rc::<RefCell<Inlet<T, N>>>::clone(&inlet);
+            attach.offer_intake(edge, channel, intake);
+        }
+        let stage: Rc<RefCell<dyn Stage>> = inlet;
+        Ok(stage)
+    }
+}

@@ -1,0 +1,74 @@
+//! Testudo: a stream-processing engine for one machine.
+//!
+//! Worker processes, each pinned to a core, exchange records in place through lock-free rings in shared memory. A worker
+//! that crashes is replaced within milliseconds: what it had committed is kept, nothing is processed twice, its peers do
+//! not stop. See the repository's README for a first job and ARCHITECTURE.md for how it works.
+//!
+//! The modules stand in the order in which a user meets them, then in the order in which a record does.
+
+#![deny(unsafe_code)]
+
+pub mod error;
+
+pub mod config;
+
+pub mod cli;
+
+pub mod flow;
+
+pub mod plan;
+
+pub mod source;
+
+pub(crate) mod exchange;
+
+pub(crate) mod operator;
+
+pub mod window;
+
+pub mod time;
+
+pub mod sink;
+
+pub mod worker;
+
+pub mod supervisor;
+
+pub mod metrics;
+
+pub mod testing;
+
+pub use cli::{NoOptions, main, main_with};
+pub use error::Error;
+pub use testudo_shm as shm;
+pub use testudo_shm::record;
+pub use testudo_state as state;
+pub use {clap, serde, serde_json};
+
+/// First line of main in any program that runs jobs: in a worker process it runs the worker and does not return.
+///
+/// [`main`](fn@crate::main) calls it by itself.
+pub fn init() {
+    if let Some(role) = worker::entry::role() {
+        if role.entry != 0 {
+            let job = worker::entry::job_at(role.entry);
+            worker::entry::run(role, job);
+        }
+    }
+}
+
+/// What most jobs need.
+pub mod prelude {
+    pub use crate::cli::NoOptions;
+    pub use crate::config::Settings;
+    pub use crate::flow::Flow;
+    pub use crate::flow::windowed::Bounds;
+    pub use crate::operator::stateless::Emit;
+    pub use crate::sink::file::FileSink;
+    pub use crate::source::file::FileSource;
+    pub use crate::source::generator::Generator;
+    pub use crate::supervisor::launch::Job;
+    pub use crate::supervisor::report::Report;
+    pub use crate::window::{sliding, tumbling};
+    pub use std::time::Duration;
+}

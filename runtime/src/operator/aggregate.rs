@@ -1,0 +1,191 @@
+//! Running aggregates by key: for each record the key's accumulator changes, and the result goes on.
+//!
+//! Invariants: the accumulator is keyed state, changed through the transaction; over a batch, the slots of all keys are
+//! prefetched before the first is touched, which hides the latency of memory.
+//!
+//! Called through [`Push`], always right behind a hash exchange.
+
+use super::{Push, hand_on};
+use crate::error::Error;
+use crate::worker::context::Cx;
+use std::marker::PhantomData;
+use std::rc::Rc;
+use testudo_shm::record::{Batch, Item, Record, Scratch};
+use testudo_state::{KeyHash, Table};
+
+/// Records whose slots are prefetched ahead.
+const AHEAD: usize = 256;
+
+/// The parts of a keyed operator that do not depend on what it does.
+pub struct KeyedParts<K, F> {
+    pub(crate) name: String,
+    pub(crate) key: F,
+    pub(crate) scratch: Scratch,
+    pub(crate) hashes: Vec<KeyHash>,
+    pub(crate) of: PhantomData<fn() -> K>,
+}
+
+impl<K: Record, F> KeyedParts<K, Rc<F>> {
+    /// Hashes the keys of a run of records, telling each hash to `seen` (which prefetches).
+    #[inline(always)]
+    pub(crate) fn hash_all<T: Record>(&mut self, batch: Batch<'_, T>, mut seen: impl FnMut(KeyHash))
+    where
+        F: Fn(&T::View) -> K,
+    {
+        self.hashes.clear();
+        for item in batch {
+            let key = (self.key)(item.view);
+            let hash = KeyHash::of(key.item(&mut self.scratch));
+            self.hashes.push(hash);
+            seen(hash);
+        }
+    }
+
+    #[cold]
+    pub(crate) fn fail(&self, cx: &mut Cx, error: &testudo_state::StateError) {
+        cx.fail(Error::job(&self.name, error.to_string()));
+    }
+}
+
+/// `init`, `fold` and `emit`, over a table of accumulators.
+pub struct Aggregate<T: Record, K: Record, A: Record, U, F, I, G, E, N> {
+    pub(crate) keyed: KeyedParts<K, Rc<F>>,
+    pub(crate) table: Table<K, A>,
+    pub(crate) init: I,
+    pub(crate) fold: G,
+    pub(crate) emit: E,
+    pub(crate) next: N,
+    pub(crate) of: PhantomData<fn(T) -> U>,
+}
+
+impl<T, K, A, U, F, I, G, E, N> Aggregate<T, K, A, U, F, I, G, E, N>
+where
+    T: Record,
+    K: Record,
+    A: Record,
+    U: Record,
+    F: Fn(&T::View) -> K,
+    I: Fn() -> A,
+    G: Fn(&mut A, &T::View),
+    E: Fn(&K::View, &A::View) -> U,
+    N: Push<U>,
+{
+    #[inline(always)]
+    fn apply(&mut self, cx: &mut Cx, hash: KeyHash, item: Item<'_, T>) {
+        let key = (self.keyed.key)(item.view);
+        let key = key.item(&mut self.keyed.scratch);
+        let (init, fold) = (&self.init, &self.fold);
+        let done = self.table.update(&mut cx.txn, hash, key, init, |value| fold(value, item.view));
+        match done {
+            Ok(value) => {
+                let out = (self.emit)(key.view, value);
+                self.next.push_value(cx, &out);
+            }
+            Err(error) => cx.fail(Error::job(&self.keyed.name, error.to_string())),
+        }
+    }
+}
+
+impl<T, K, A, U, F, I, G, E, N> Push<T> for Aggregate<T, K, A, U, F, I, G, E, N>
+where
+    T: Record,
+    K: Record,
+    A: Record,
+    U: Record,
+    F: Fn(&T::View) -> K,
+    I: Fn() -> A,
+    G: Fn(&mut A, &T::View),
+    E: Fn(&K::View, &A::View) -> U,
+    N: Push<U>,
+{
+    #[inline(always)]
+    fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
+        let key = (self.keyed.key)(item.view);
+        let hash = KeyHash::of(key.item(&mut self.keyed.scratch));
+        self.apply(cx, hash, item);
+    }
+
+    #[inline]
+    fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
+        let mut rest = batch;
+        while !rest.is_empty() {
+            let (run, after) = rest.split_at(AHEAD);
+            let table = &self.table;
+            self.keyed.hash_all(run, |hash| table.prefetch(hash));
+            for (index, item) in run.iter().enumerate() {
+                let hash = self.keyed.hashes[index];
+                self.apply(cx, hash, item);
+            }
+            rest = after;
+        }
+    }
+
+    hand_on!(end_batch, watermark, room, pump, save, end);
+}
+
+/// `reduce`: the accumulator is a record of the stream's own type.
+pub struct Reduce<T: Record, K: Record, F, G, N> {
+    pub(crate) keyed: KeyedParts<K, Rc<F>>,
+    pub(crate) table: Table<K, T>,
+    pub(crate) combine: G,
+    pub(crate) next: N,
+}
+
+impl<T, K, F, G, N> Reduce<T, K, F, G, N>
+where
+    T: Record,
+    K: Record,
+    F: Fn(&T::View) -> K,
+    G: Fn(&T::View, &T::View) -> T,
+    N: Push<T>,
+{
+    #[inline(always)]
+    fn apply(&mut self, cx: &mut Cx, hash: KeyHash, item: Item<'_, T>) {
+        let key = (self.keyed.key)(item.view);
+        let key = key.item(&mut self.keyed.scratch);
+        let done = match self.table.get(hash, key) {
+            None => self.table.set_item(&mut cx.txn, hash, key, item).map(|_| None),
+            Some(old) => {
+                let new = (self.combine)(old.view, item.view);
+                self.table.set(&mut cx.txn, hash, key, &new).map(|_| Some(new))
+            }
+        };
+        match done {
+            Ok(Some(new)) => self.next.push_value(cx, &new),
+            Ok(None) => self.next.push(cx, item),
+            Err(error) => self.keyed.fail(cx, &error),
+        }
+    }
+}
+
+impl<T, K, F, G, N> Push<T> for Reduce<T, K, F, G, N>
+where
+    T: Record,
+    K: Record,
+    F: Fn(&T::View) -> K,
+    G: Fn(&T::View, &T::View) -> T,
+    N: Push<T>,
+{
+    #[inline(always)]
+    fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
+        let key = (self.keyed.key)(item.view);
+        let hash = KeyHash::of(key.item(&mut self.keyed.scratch));
+        self.apply(cx, hash, item);
+    }
+
+    fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
+        let mut rest = batch;
+        while !rest.is_empty() {
+            let (run, after) = rest.split_at(AHEAD);
+            let table = &self.table;
+            self.keyed.hash_all(run, |hash| table.prefetch(hash));
+            for (index, item) in run.iter().enumerate() {
+                let hash = self.keyed.hashes[index];
+                self.apply(cx, hash, item);
+            }
+            rest = after;
+        }
+    }
+
+    hand_on!(end_batch, watermark, room, pump, save, end);
+}

@@ -1,0 +1,374 @@
+//! The keyed process operator: user code with declared state, event-time timers and any number of outputs.
+//!
+//! Invariants: all state goes through the transaction; a timer fires once the watermark has reached its time, in time
+//! order, and only as many at once as the operators behind have room for; the watermark is handed on when no timer at or
+//! before it is left.
+//!
+//! Called through [`Push`], always right behind a hash exchange.
+
+use super::aggregate::KeyedParts;
+use super::{Push, hand_on};
+use crate::error::Error;
+use crate::worker::attach::Attach;
+use crate::worker::context::Cx;
+use std::marker::PhantomData;
+use std::rc::Rc;
+use testudo_shm::record::{Batch, Item, Record, Scratch};
+use testudo_shm::txn::{Place, Txn};
+use testudo_state::{DueTimer, Groups, KeyHash, List, Map, StateError, Timers, Value};
+
+/// Where an operator declares its states, each by a name of its own.
+#[derive(Debug)]
+pub struct Declare<'a, K> {
+    groups: &'a Groups,
+    txn: &'a mut Txn,
+    error: &'a mut Option<StateError>,
+    of: PhantomData<fn() -> K>,
+}
+
+/// A declared state; `None` only when it could not be opened, which ends the job before any record is processed.
+type Opened<S> = Option<S>;
+
+/// One value for each key.
+#[derive(Debug)]
+pub struct ValueState<K: Record, V: Record>(Opened<Value<K, V>>);
+
+/// A list for each key.
+#[derive(Debug)]
+pub struct ListState<K: Record, T: Record>(Opened<List<K, T>>);
+
+/// A map for each key.
+#[derive(Debug)]
+pub struct MapState<K: Record, UK: Record, UV: Record>(Opened<Map<K, UK, UV>>);
+
+impl<K: Record> Declare<'_, K> {
+    fn keep<S>(&mut self, opened: Result<S, StateError>) -> Opened<S> {
+        match opened {
+            Ok(state) => Some(state),
+            Err(error) => {
+                self.error.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    /// One value for each key.
+    pub fn value<V: Record>(&mut self, name: &str) -> ValueState<K, V> {
+        let opened = self.groups.value(self.txn, name);
+        ValueState(self.keep(opened))
+    }
+
+    /// A list for each key.
+    pub fn list<T: Record>(&mut self, name: &str) -> ListState<K, T> {
+        let opened = self.groups.list(self.txn, name);
+        ListState(self.keep(opened))
+    }
+
+    /// A map for each key.
+    pub fn map<UK: Record, UV: Record>(&mut self, name: &str) -> MapState<K, UK, UV> {
+        let opened = self.groups.map(self.txn, name);
+        MapState(self.keep(opened))
+    }
+}
+
+/// What user code sees besides the record: the key, its state and timers, the time, the output.
+pub struct ProcessContext<'a, K: Record, U> {
+    cx: &'a mut Cx,
+    name: &'a str,
+    hash: KeyHash,
+    key: Item<'a, K>,
+    timers: &'a mut Timers<K>,
+    out: &'a mut Vec<U>,
+    watermark: i64,
+}
+
+impl<K: Record, U> std::fmt::Debug for ProcessContext<'_, K, U> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ProcessContext({}, watermark {})", self.name, self.watermark)
+    }
+}
+
+impl<K: Record, U: Record> ProcessContext<'_, K, U> {
+    /// The record's (or timer's) key.
+    #[must_use]
+    pub fn key(&self) -> &K::View {
+        self.key.view
+    }
+
+    /// The operator's watermark, milliseconds; `i64::MIN` before the first.
+    #[must_use]
+    pub fn watermark(&self) -> i64 {
+        self.watermark
+    }
+
+    /// Emits a record.
+    pub fn emit(&mut self, value: U) {
+        self.out.push(value);
+    }
+
+    fn check<R>(&mut self, done: Result<R, StateError>) -> Option<R> {
+        done.map_err(|error| self.cx.fail(Error::job(self.name, error.to_string()))).ok()
+    }
+
+    /// The key's value.
+    #[must_use]
+    pub fn get<'s, V: Record>(&self, state: &'s ValueState<K, V>) -> Option<&'s V::View> {
+        Some(state.0.as_ref()?.get(self.hash, self.key)?.view)
+    }
+
+    /// Sets the key's value.
+    pub fn set<V: Record>(&mut self, state: &mut ValueState<K, V>, value: &V) {
+        if let Some(state) = &mut state.0 {
+            let done = state.set(&mut self.cx.txn, self.hash, self.key, value);
+            self.check(done);
+        }
+    }
+
+    /// Forgets the key's value.
+    pub fn clear<V: Record>(&mut self, state: &mut ValueState<K, V>) {
+        if let Some(state) = &mut state.0 {
+            let done = state.clear(&mut self.cx.txn, self.hash, self.key);
+            self.check(done);
+        }
+    }
+
+    /// Appends to the key's list.
+    pub fn append<T: Record>(&mut self, state: &mut ListState<K, T>, item: &T) {
+        if let Some(state) = &mut state.0 {
+            let done = state.append(&mut self.cx.txn, self.hash, self.key, item);
+            self.check(done);
+        }
+    }
+
+    /// The key's list, oldest first.
+    pub fn items<'s, T: Record>(&self, state: &'s ListState<K, T>) -> impl Iterator<Item = &'s T::View> + use<'s, K, U, T> {
+        let items = state.0.as_ref().map(|state| state.iter(self.hash, self.key));
+        items.into_iter().flatten().map(|item| item.view)
+    }
+
+    /// Forgets the key's list.
+    pub fn clear_list<T: Record>(&mut self, state: &mut ListState<K, T>) {
+        if let Some(state) = &mut state.0 {
+            let done = state.clear(&mut self.cx.txn, self.hash, self.key);
+            self.check(done);
+        }
+    }
+
+    /// An entry of the key's map.
+    #[must_use]
+    pub fn map_get<'s, UK: Record, UV: Record>(
+        &self,
+        state: &'s MapState<K, UK, UV>,
+        user_key: &UK,
+    ) -> Option<&'s UV::View> {
+        let mut scratch = Scratch::default();
+        Some(state.0.as_ref()?.get(self.hash, self.key, user_key.item(&mut scratch))?.view)
+    }
+
+    /// Puts an entry into the key's map.
+    pub fn map_put<UK: Record, UV: Record>(
+        &mut self,
+        state: &mut MapState<K, UK, UV>,
+        user_key: &UK,
+        value: &UV,
+    ) {
+        if let Some(state) = &mut state.0 {
+            let mut scratch = Scratch::default();
+            let user_key = user_key.item(&mut scratch);
+            let done = state.put(&mut self.cx.txn, self.hash, self.key, user_key, value);
+            self.check(done);
+        }
+    }
+
+    /// Removes an entry of the key's map.
+    pub fn map_remove<UK: Record, UV: Record>(&mut self, state: &mut MapState<K, UK, UV>, user_key: &UK) {
+        if let Some(state) = &mut state.0 {
+            let mut scratch = Scratch::default();
+            let user_key = user_key.item(&mut scratch);
+            let done = state.remove(&mut self.cx.txn, self.hash, self.key, user_key);
+            self.check(done);
+        }
+    }
+
+    /// The entries of the key's map, in no order.
+    pub fn map_iter<'s, UK: Record, UV: Record>(
+        &self,
+        state: &'s MapState<K, UK, UV>,
+    ) -> impl Iterator<Item = (&'s UK::View, &'s UV::View)> + use<'s, K, U, UK, UV> {
+        let items = state.0.as_ref().map(|state| state.iter(self.hash, self.key));
+        items.into_iter().flatten().map(|(key, value)| (key.view, value.view))
+    }
+
+    /// Sets a timer for the key: `on_timer` is called with this time once the watermark has reached it. The same time
+    /// twice is one timer.
+    pub fn set_timer(&mut self, time: i64) {
+        let done = self.timers.register(&mut self.cx.txn, self.hash, self.key, time);
+        self.check(done);
+    }
+
+    /// Takes a timer back.
+    pub fn delete_timer(&mut self, time: i64) {
+        let done = self.timers.delete(&mut self.cx.txn, self.hash, self.key, time);
+        self.check(done);
+    }
+}
+
+/// The operator.
+pub struct Process<T: Record, K: Record, S, U, F, P, Q, N> {
+    keyed: KeyedParts<K, Rc<F>>,
+    state: S,
+    timers: Timers<K>,
+    due: DueTimer<K>,
+    on_record: P,
+    on_timer: Q,
+    out: Vec<U>,
+    watermark: Place<i64>,
+    passed: Place<i64>,
+    next: N,
+    of: PhantomData<fn(T)>,
+}
+
+impl<T, K, S, U, F, P, Q, N> Process<T, K, S, U, F, P, Q, N>
+where
+    T: Record,
+    K: Record,
+    U: Record,
+    F: Fn(&T::View) -> K,
+    P: Fn(&mut S, &mut ProcessContext<'_, K, U>, &T::View),
+    Q: Fn(&mut S, &mut ProcessContext<'_, K, U>, i64),
+    N: Push<U>,
+{
+    pub(crate) fn open(
+        at: &mut Attach,
+        operator: usize,
+        keyed: KeyedParts<K, Rc<F>>,
+        declare: &impl Fn(&mut Declare<'_, K>) -> S,
+        (on_record, on_timer): (P, Q),
+        next: N,
+    ) -> Result<Self, Error> {
+        let groups = at.groups(operator)?;
+        let failed = |error: StateError| Error::job(&keyed.name, error.to_string());
+        let mut error = None;
+        let txn = &mut at.cx.txn;
+        let state = declare(&mut Declare { groups: &groups, txn, error: &mut error, of: PhantomData });
+        if let Some(error) = error {
+            return Err(failed(error));
+        }
+        let timers = groups.timers(&mut at.cx.txn, "timers").map_err(failed)?;
+        let watermark = at.cell(operator, "watermark", i64::MIN)?;
+        let passed = at.cell(operator, "passed", i64::MIN)?;
+        let (out, due) = (Vec::new(), DueTimer::default());
+        let of = PhantomData;
+        Ok(Self { keyed, state, timers, due, on_record, on_timer, out, watermark, passed, next, of })
+    }
+
+    #[inline]
+    fn apply(&mut self, cx: &mut Cx, item: Item<'_, T>) {
+        let key = (self.keyed.key)(item.view);
+        let key = key.item(&mut self.keyed.scratch);
+        let watermark = cx.txn.get(self.watermark);
+        let mut context = ProcessContext {
+            cx,
+            name: &self.keyed.name,
+            hash: KeyHash::of(key),
+            key,
+            timers: &mut self.timers,
+            out: &mut self.out,
+            watermark,
+        };
+        (self.on_record)(&mut self.state, &mut context, item.view);
+        self.hand_on(cx);
+    }
+
+    fn hand_on(&mut self, cx: &mut Cx) {
+        for value in self.out.drain(..) {
+            self.next.push_value(cx, &value);
+        }
+    }
+
+    fn is_pending(&self, cx: &Cx) -> bool {
+        cx.txn.get(self.passed) < cx.txn.get(self.watermark)
+    }
+
+    /// Fires timers while there is room, then hands the watermark on; true when something was done.
+    fn fire(&mut self, cx: &mut Cx) -> bool {
+        if !self.is_pending(cx) {
+            return false;
+        }
+        let watermark = cx.txn.get(self.watermark);
+        let mut left = self.next.room(cx);
+        let mut any = false;
+        while left > 0 && !cx.txn.is_nearly_full() && cx.failure.is_none() {
+            match self.timers.pop(&mut cx.txn, watermark, &mut self.due) {
+                Ok(true) => self.fire_one(cx, watermark),
+                Ok(false) => {
+                    self.next.end_batch(cx);
+                    cx.txn.set(self.passed, watermark);
+                    self.next.watermark(cx, watermark);
+                    return true;
+                }
+                Err(error) => self.keyed.fail(cx, &error),
+            }
+            any = true;
+            left -= 1;
+        }
+        self.next.end_batch(cx);
+        any
+    }
+
+    fn fire_one(&mut self, cx: &mut Cx, watermark: i64) {
+        let mut context = ProcessContext {
+            cx,
+            name: &self.keyed.name,
+            hash: self.due.hash(),
+            key: self.due.key(),
+            timers: &mut self.timers,
+            out: &mut self.out,
+            watermark,
+        };
+        (self.on_timer)(&mut self.state, &mut context, self.due.time());
+        self.hand_on(cx);
+    }
+}
+
+impl<T, K, S, U, F, P, Q, N> Push<T> for Process<T, K, S, U, F, P, Q, N>
+where
+    T: Record,
+    K: Record,
+    U: Record,
+    F: Fn(&T::View) -> K,
+    P: Fn(&mut S, &mut ProcessContext<'_, K, U>, &T::View),
+    Q: Fn(&mut S, &mut ProcessContext<'_, K, U>, i64),
+    N: Push<U>,
+{
+    fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
+        self.apply(cx, item);
+    }
+
+    fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
+        for item in batch {
+            self.apply(cx, item);
+        }
+    }
+
+    fn watermark(&mut self, cx: &mut Cx, watermark: i64) {
+        if watermark > cx.txn.get(self.watermark) {
+            cx.txn.set(self.watermark, watermark);
+            self.fire(cx);
+        }
+    }
+
+    fn room(&mut self, cx: &mut Cx) -> usize {
+        if self.is_pending(cx) { 0 } else { self.next.room(cx) }
+    }
+
+    fn pump(&mut self, cx: &mut Cx) -> bool {
+        self.next.pump(cx) | self.fire(cx)
+    }
+
+    fn end(&mut self, cx: &mut Cx) -> bool {
+        !self.is_pending(cx) && self.next.end(cx)
+    }
+
+    hand_on!(end_batch, save);
+}

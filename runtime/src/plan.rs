@@ -1,0 +1,316 @@
+//! The plan: a flow turned into stages, subtasks, rings and bytes. Pure computation from the flow and the settings, so
+//! every process of a job computes the same one; its hash is compared on attach.
+//!
+//! `layout` says where every byte lies, `explain` prints all of it.
+
+pub(crate) mod layout;
+
+pub(crate) mod explain;
+
+use crate::config::Settings;
+use crate::error::Error;
+use crate::flow::Draft;
+use crate::source::Subtask;
+use layout::Layout;
+use std::path::PathBuf;
+use testudo_shm::hash::schema;
+
+/// Worker processes of a job at most: each waiter sleeps on a word for each of them.
+pub const WORKERS_MAX: usize = 120;
+
+/// A stage as drawn.
+#[derive(Debug, Clone)]
+pub(crate) struct StageSpec {
+    pub(crate) name: String,
+    pub(crate) parallelism: Option<usize>,
+    pub(crate) isolated: bool,
+}
+
+impl StageSpec {
+    pub(crate) fn new(name: &str) -> Self {
+        Self { name: name.into(), parallelism: None, isolated: false }
+    }
+}
+
+/// An operator as drawn.
+#[derive(Debug, Clone)]
+pub(crate) struct OperatorSpec {
+    pub(crate) stage: usize,
+    pub(crate) name: String,
+    pub(crate) kind: &'static str,
+    pub(crate) uid: Option<String>,
+    /// Key groups of its state, and a hash of its key's layout.
+    pub(crate) state: Option<StateSpec>,
+}
+
+impl OperatorSpec {
+    pub(crate) fn new(stage: usize, name: &str, kind: &'static str) -> Self {
+        Self { stage, name: name.into(), kind, uid: None, state: None }
+    }
+}
+
+/// The state of an operator.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StateSpec {
+    pub(crate) grouping: Grouping,
+    pub(crate) schema: u64,
+}
+
+/// How an operator's state is divided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Grouping {
+    /// By key group.
+    ByKey,
+    /// One group for each subtask.
+    BySubtask,
+}
+
+/// How an edge distributes records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EdgeKind {
+    /// To the subtask of the same index.
+    Forward,
+    /// By key group.
+    Hash,
+    /// Each in turn.
+    RoundRobin,
+    /// To all.
+    Broadcast,
+    /// To the only subtask.
+    Gather,
+    /// To the launching process, which prints.
+    Stdout,
+    /// From the launching process, which reads standard input.
+    Stdin,
+}
+
+impl EdgeKind {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Hash => "hash",
+            Self::RoundRobin => "round-robin",
+            Self::Broadcast => "broadcast",
+            Self::Gather => "gather",
+            Self::Stdout => "stdout",
+            Self::Stdin => "stdin",
+        }
+    }
+}
+
+/// An edge as drawn; `None` is the launching process.
+#[derive(Debug, Clone)]
+pub(crate) struct EdgeSpec {
+    pub(crate) from: Option<usize>,
+    pub(crate) to: Option<usize>,
+    pub(crate) kind: EdgeKind,
+    pub(crate) record: String,
+    pub(crate) schema: u64,
+    pub(crate) record_bytes: Option<usize>,
+}
+
+/// A file or folder that a job writes, and that no other may write at the same time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// The file, or the folder of parts.
+    pub path: PathBuf,
+    /// Extension of the parts when it is a folder.
+    pub parts: Option<String>,
+    /// First line of each file.
+    pub header: Option<String>,
+}
+
+/// What is counted for an operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CounterKind {
+    In,
+    Out,
+    Late,
+    Rejected,
+    Dropped,
+}
+
+impl CounterKind {
+    pub(crate) const ALL: [Self; 5] = [Self::In, Self::Out, Self::Late, Self::Rejected, Self::Dropped];
+
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::In => "records_in",
+            Self::Out => "records_out",
+            Self::Late => "late",
+            Self::Rejected => "rejected",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
+/// A stage with its place.
+#[derive(Debug, Clone)]
+pub(crate) struct Stage {
+    pub(crate) name: String,
+    /// The worker of each subtask.
+    pub(crate) workers: Vec<usize>,
+    pub(crate) isolated: bool,
+}
+
+/// A process of the job, as an index: the workers, then the launching process.
+pub(crate) type Process = usize;
+
+/// The whole plan.
+#[derive(Debug, Clone)]
+pub(crate) struct Plan {
+    pub(crate) workers: usize,
+    pub(crate) stages: Vec<Stage>,
+    pub(crate) edges: Vec<EdgeSpec>,
+    pub(crate) operators: Vec<OperatorSpec>,
+    pub(crate) user_counters: Vec<String>,
+    /// Each with the stage that writes it.
+    pub(crate) outputs: Vec<(Output, usize)>,
+    pub(crate) key_groups: usize,
+    pub(crate) layout: Layout,
+    pub(crate) hash: u64,
+}
+
+impl Plan {
+    /// Plans a drawn flow.
+    pub(crate) fn new(draft: &Draft, settings: &Settings) -> Result<Self, Error> {
+        check(draft)?;
+        let mut stages = Vec::new();
+        let mut workers = settings.workers;
+        for (index, spec) in draft.stages.iter().enumerate() {
+            let subtasks = spec.parallelism.unwrap_or(settings.workers);
+            if subtasks == 0 || (!spec.isolated && subtasks > settings.workers) {
+                return Err(Error::Plan(format!(
+                    "stage {} has parallelism {subtasks}, but the job has {} workers: \
+                     lower it, isolate the stage, or raise --workers",
+                    stage_label(draft, index),
+                    settings.workers
+                )));
+            }
+            let first = if spec.isolated { workers } else { 0 };
+            if spec.isolated {
+                workers += subtasks;
+            }
+            let workers = (first..first + subtasks).collect();
+            stages.push(Stage { name: stage_label(draft, index), workers, isolated: spec.isolated });
+        }
+        if workers > WORKERS_MAX {
+            return Err(Error::Plan(format!(
+                "{workers} worker processes are more than the {WORKERS_MAX} that a job may have; lower --workers"
+            )));
+        }
+        let mut operators = draft.operators.clone();
+        give_uids(&mut operators)?;
+        let key_groups = settings.key_groups;
+        let layout =
+            Layout::new(workers, &stages, &draft.edges, &operators, draft.user_counters.len(), settings)?;
+        let mut plan = Self {
+            workers,
+            stages,
+            edges: draft.edges.clone(),
+            operators,
+            user_counters: draft.user_counters.clone(),
+            outputs: draft.outputs.clone(),
+            key_groups,
+            layout,
+            hash: 0,
+        };
+        plan.hash = plan.compute_hash();
+        Ok(plan)
+    }
+
+    fn compute_hash(&self) -> u64 {
+        let mut parts = vec![self.workers as u64, self.key_groups as u64, self.layout.arena_bytes as u64];
+        for stage in &self.stages {
+            parts.push(schema(&stage.name, &[stage.workers.len() as u64]));
+        }
+        for edge in &self.edges {
+            let end = |end: Option<usize>| end.map_or(u64::MAX, |stage| stage as u64);
+            parts.push(schema(edge.kind.label(), &[end(edge.from), end(edge.to), edge.schema]));
+        }
+        for operator in &self.operators {
+            let state = operator.state.map_or(0, |state| state.schema);
+            parts.push(schema(operator.uid(), &[operator.stage as u64, state]));
+        }
+        schema("plan", &parts)
+    }
+
+    /// The launching process, as a process index.
+    pub(crate) fn supervisor(&self) -> Process {
+        self.workers
+    }
+
+    /// The processes at an edge's end: one for each subtask.
+    pub(crate) fn processes(&self, end: Option<usize>) -> Vec<Process> {
+        end.map_or_else(|| vec![self.workers], |stage| self.stages[stage].workers.clone())
+    }
+
+    /// The subtask of a stage that a worker runs.
+    pub(crate) fn subtask(&self, stage: usize, worker: usize) -> Option<Subtask> {
+        let workers = &self.stages[stage].workers;
+        let index = workers.iter().position(|at| *at == worker)?;
+        Some(Subtask { index, count: workers.len() })
+    }
+
+    /// Subtasks of all sources: they share the job's rate.
+    pub(crate) fn source_subtasks(&self) -> usize {
+        let sources = self.operators.iter().filter(|operator| operator.kind == "source");
+        sources.map(|operator| self.stages[operator.stage].workers.len()).sum()
+    }
+}
+
+impl OperatorSpec {
+    /// The identity by which its state is found.
+    pub(crate) fn uid(&self) -> &str {
+        self.uid.as_deref().unwrap_or(&self.name)
+    }
+}
+
+/// The name of a stage: its first operator's, which may have been renamed since.
+fn stage_label(draft: &Draft, stage: usize) -> String {
+    let mut names = draft.operators.iter().filter(|operator| operator.stage == stage);
+    let first = names.next().map_or(draft.stages[stage].name.clone(), |op| op.name.clone());
+    let rest: Vec<&str> = names.map(|operator| operator.name.as_str()).collect();
+    if rest.is_empty() { first } else { format!("{first}+{}", rest.join("+")) }
+}
+
+fn check(draft: &Draft) -> Result<(), Error> {
+    if let Some(message) = draft.errors.first() {
+        return Err(Error::Plan(message.clone()));
+    }
+    if draft.stages.is_empty() {
+        return Err(Error::Plan("the flow is empty: add a source".into()));
+    }
+    for (stage, factory) in draft.factories.iter().enumerate() {
+        if factory.is_none() {
+            let name = stage_label(draft, stage);
+            return Err(Error::Plan(format!(
+                "the stream behind {name} goes nowhere: end it with sink, for_each or print"
+            )));
+        }
+    }
+    for edge in &draft.edges {
+        if edge.record_bytes.is_some_and(|bytes| bytes == 0) {
+            return Err(Error::Plan(format!("record type {} has no bytes", edge.record)));
+        }
+    }
+    Ok(())
+}
+
+/// Numbers operators that have the same name and no uid; refuses the same uid twice.
+fn give_uids(operators: &mut [OperatorSpec]) -> Result<(), Error> {
+    let mut taken = std::collections::HashSet::new();
+    for operator in operators.iter().filter(|operator| operator.uid.is_some()) {
+        if !taken.insert(operator.uid().to_owned()) {
+            return Err(Error::Plan(format!("two operators have the uid {}", operator.uid())));
+        }
+    }
+    for operator in operators.iter_mut().filter(|operator| operator.uid.is_none()) {
+        let numbered = (1..).map(|n| match n {
+            1 => operator.name.clone(),
+            n => format!("{}-{n}", operator.name),
+        });
+        operator.uid = numbered.into_iter().find(|uid| taken.insert(uid.clone()));
+    }
+    Ok(())
+}

@@ -1,0 +1,96 @@
+//! `--explain`: the plan in words, with every limit that has a number (R24).
+
+use super::layout::{CELLS_BYTES, LOG_BYTES, LOG_SOFT_BYTES, SPILL_BYTES};
+use super::{EdgeKind, Grouping, Plan, WORKERS_MAX};
+use crate::config::{Completeness, Settings};
+use std::fmt::Write;
+
+/// The plan as text.
+pub(crate) fn text(plan: &Plan, settings: &Settings) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = explain(plan, settings, &mut out);
+    out
+}
+
+fn explain(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
+    writeln!(out, "job {} (plan {:016x})", settings.name, plan.hash)?;
+    writeln!(out, "\nstages")?;
+    for (index, stage) in plan.stages.iter().enumerate() {
+        let place = if stage.isolated { "isolated, " } else { "" };
+        writeln!(out, "  {index}  {}: {place}{} subtasks on workers {:?}", stage.name, stage.workers.len(), stage.workers)?;
+        for operator in plan.operators.iter().filter(|operator| operator.stage == index) {
+            let state = match operator.state.map(|state| state.grouping) {
+                None => String::new(),
+                Some(Grouping::ByKey) => format!(", state in {} key groups", plan.key_groups),
+                Some(Grouping::BySubtask) => ", state by subtask".into(),
+            };
+            writeln!(out, "       {} {} (uid {}){state}", operator.kind, operator.name, operator.uid())?;
+        }
+    }
+    edges(plan, out)?;
+    workers(plan, settings, out)?;
+    limits(plan, settings, out)
+}
+
+fn edges(plan: &Plan, out: &mut String) -> std::fmt::Result {
+    writeln!(out, "\nedges")?;
+    let end = |end: Option<usize>| end.map_or("launcher".into(), |stage| stage.to_string());
+    for (index, edge) in plan.edges.iter().enumerate() {
+        let rings = plan.layout.rings.iter().filter(|ring| ring.edge == index);
+        let (count, bytes) = rings.fold((0, 0), |(count, bytes), ring| (count + 1, bytes + ring.bytes));
+        let record = match edge.record_bytes {
+            Some(size) => format!("{} ({size} bytes)", edge.record),
+            None => format!("{} (archived)", edge.record),
+        };
+        writeln!(
+            out,
+            "  {index}  {} -> {}: {}, {record}, {count} rings of {} bytes in all",
+            end(edge.from), end(edge.to), edge.kind.label(), bytes
+        )?;
+    }
+    Ok(())
+}
+
+fn workers(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
+    writeln!(out, "\nworkers")?;
+    for worker in 0..plan.workers {
+        let core = match settings.cores.len() {
+            0 => "any core".into(),
+            cores => format!("core {}", settings.cores[worker % cores]),
+        };
+        let fills = plan.layout.rings.iter().filter(|ring| ring.from == worker).count();
+        let empties = plan.layout.rings.iter().filter(|ring| ring.to == worker).count();
+        writeln!(out, "  testudo-w{worker}: {core}, fills {fills} rings, empties {empties}")?;
+    }
+    if plan.workers > settings.cores.len() {
+        writeln!(out, "  more workers than cores: they share")?;
+    }
+    Ok(())
+}
+
+fn limits(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
+    let layout = &plan.layout;
+    let groups: usize = layout.groups.iter().map(|groups| groups.groups).sum();
+    writeln!(out, "\nlimits")?;
+    writeln!(out, "  workers                    {} of {WORKERS_MAX}", plan.workers)?;
+    writeln!(out, "  edges, rings               {}, {}", plan.edges.len(), layout.rings.len())?;
+    writeln!(out, "  bytes of a ring            {}", settings.ring_bytes)?;
+    writeln!(out, "  words a worker sleeps on   {} of {}", plan.workers, testudo_shm::wait::FUTEX_WAITV_MAX)?;
+    writeln!(out, "  undo log                   step ends after {}, at most {} bytes", LOG_SOFT_BYTES * 3 / 4, LOG_BYTES)?;
+    writeln!(out, "  cells of a worker          {CELLS_BYTES} bytes")?;
+    writeln!(out, "  spill of a lane            {SPILL_BYTES} bytes")?;
+    writeln!(out, "  key groups                 {groups} segments in all, {} bytes reserved for each", layout.groups.first().map_or(0, |groups| groups.bytes))?;
+    writeln!(out, "  descriptors                {}", layout.descriptors())?;
+    writeln!(out, "  addresses                  {} MiB", layout.arena_bytes >> 20)?;
+    writeln!(out, "  restart budget             {} deaths in a row without a commit", settings.restart_budget)?;
+    let full = match settings.completeness {
+        Completeness::Full => "full: producers wait for a dead consumer once its ring is full",
+        Completeness::Partial => "partial: producers drop and count what a dead consumer's ring cannot take",
+    };
+    writeln!(out, "\ncompleteness {full}")?;
+    if plan.edges.iter().any(|edge| edge.kind == EdgeKind::Stdin) {
+        writeln!(out, "standard input is read by the launching process: its death loses the lines that are in its rings")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! A file that grows exactly: everything up to a position is complete, everything beyond it is taken back on opening.
+//!
+//! Invariants (R13): one writer for each file; bytes are written at the position before it moves; a file shorter than
+//! its position is an error, not padding. A file without a size (a pipe, /dev/null) is written as it is.
+//!
+//! Called by the file sinks.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// An exactly growing file with a buffer of one step.
+#[derive(Debug)]
+pub struct AppendFile {
+    path: PathBuf,
+    file: File,
+    is_regular: bool,
+    buffer: Vec<u8>,
+}
+
+impl AppendFile {
+    /// Opens or creates the file and cuts it at `position`.
+    ///
+    /// # Errors
+    /// What is wrong with the file, as text.
+    pub fn open(path: &Path, position: u64) -> Result<Self, String> {
+        let failed = |what: &str, error: std::io::Error| format!("cannot {what} {}: {error}", path.display());
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(|error| failed("open output", error))?;
+        let meta = file.metadata().map_err(|error| failed("look at output", error))?;
+        let is_regular = meta.is_file();
+        if is_regular {
+            if meta.len() < position {
+                return Err(format!(
+                    "output {} has {} bytes where {position} were written; it was changed from outside",
+                    path.display(),
+                    meta.len()
+                ));
+            }
+            file.set_len(position).map_err(|error| failed("truncate output", error))?;
+        }
+        Ok(Self { path: path.into(), file, is_regular, buffer: Vec::new() })
+    }
+
+    /// The buffer of the open step.
+    pub fn buffer(&mut self) -> &mut Vec<u8> {
+        &mut self.buffer
+    }
+
+    /// Writes the buffer at `position` and moves it behind.
+    ///
+    /// # Errors
+    /// What the system says, as text.
+    pub fn flush(&mut self, position: &mut u64) -> Result<(), String> {
+        let done = if self.is_regular {
+            self.file.write_all_at(&self.buffer, *position)
+        } else {
+            self.file.write_all(&self.buffer)
+        };
+        done.map_err(|error| format!("cannot write to {}: {error}", self.path.display()))?;
+        *position += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+}

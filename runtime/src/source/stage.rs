@@ -1,0 +1,241 @@
+//! The head of a stage that begins with a source.
+//!
+//! Invariants: position, count and end are cells, written in the same transaction as what the records led to; a source
+//! that ended, or that the job's drain stopped, sends the last watermark and never reads again.
+//!
+//! Called by the step loop.
+
+use super::{Collect, Progress, Reader};
+use crate::error::Error;
+use crate::operator::{Push, Stage};
+use crate::worker::context::{CounterPlace, Cx};
+use std::marker::PhantomData;
+use testudo_shm::record::Record;
+use testudo_shm::txn::{Place, Plain};
+
+const READING: u64 = 0;
+const ENDED: u64 = 1;
+const DONE: u64 = 2;
+
+/// How fast a subtask may read: so many records a second, without catching up after a pause.
+#[derive(Debug)]
+pub struct Pace {
+    nanos_per_record: f64,
+    next_ns: f64,
+}
+
+/// After a pause longer than this, the time is not made up for.
+const PAUSE_NS: f64 = 10e6;
+
+impl Pace {
+    pub(crate) fn new(records_per_s: f64) -> Self {
+        Self { nanos_per_record: 1e9 / records_per_s, next_ns: 0.0 }
+    }
+
+    /// Records that are due now; when none is, the time at which one will be.
+    fn due(&mut self, now_ns: u64, max: usize) -> Result<usize, u64> {
+        let now = now_ns as f64;
+        if self.next_ns < now - PAUSE_NS {
+            self.next_ns = now;
+        }
+        if self.next_ns > now {
+            return Err(self.next_ns as u64);
+        }
+        let due = ((now - self.next_ns) / self.nanos_per_record) as usize + 1;
+        Ok(due.min(max))
+    }
+
+    fn took(&mut self, records: usize) {
+        self.next_ns += records as f64 * self.nanos_per_record;
+    }
+}
+
+pub struct SourceStage<T, P: Plain, R, N> {
+    pub(crate) name: String,
+    pub(crate) reader: R,
+    pub(crate) position: Place<P>,
+    pub(crate) phase: Place<u64>,
+    pub(crate) records: CounterPlace,
+    pub(crate) rejected: CounterPlace,
+    /// Where the descriptions of refused input go, when a rejects file is wanted.
+    pub(crate) rejects: Option<Box<dyn Push<String>>>,
+    /// Rejects of this subtask after which the job fails.
+    pub(crate) rejects_max: u64,
+    pub(crate) pace: Option<Pace>,
+    /// Records that this subtask may still read, where the job has a limit.
+    pub(crate) limit: Option<u64>,
+    pub(crate) wake: Option<u64>,
+    pub(crate) next: N,
+    pub(crate) of: PhantomData<fn() -> T>,
+}
+
+struct Collector<'a, T, N> {
+    next: &'a mut N,
+    cx: &'a mut Cx,
+    rejects: Option<&'a mut (dyn Push<String> + 'static)>,
+    emitted: usize,
+    rejected: usize,
+    last_reject: String,
+    of: PhantomData<fn(T)>,
+}
+
+impl<T: Record, N: Push<T>> Collect<T> for Collector<'_, T, N> {
+    #[inline(always)]
+    fn emit(&mut self, value: T) {
+        self.emitted += 1;
+        self.next.push_value(self.cx, &value);
+    }
+
+    fn reject(&mut self, description: String) {
+        self.rejected += 1;
+        if let Some(rejects) = &mut self.rejects {
+            rejects.push_value(self.cx, &description);
+        }
+        self.last_reject = description;
+    }
+}
+
+impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
+    /// How many records may be read now.
+    fn allowance(&mut self, cx: &mut Cx) -> usize {
+        let mut max = self.room(cx);
+        if let Some(limit) = self.limit {
+            let left = limit.saturating_sub(cx.txn.get(self.records));
+            max = max.min(usize::try_from(left).unwrap_or(usize::MAX));
+        }
+        if max > 0 {
+            if let Some(pace) = &mut self.pace {
+                match pace.due(cx.now_ns, max) {
+                    Ok(due) => max = due,
+                    Err(later) => {
+                        self.wake = Some(later);
+                        return 0;
+                    }
+                }
+            }
+        }
+        max
+    }
+
+    fn read(&mut self, cx: &mut Cx) -> usize {
+        let max = self.allowance(cx);
+        if max == 0 {
+            return 0;
+        }
+        let mut position = cx.txn.get(self.position);
+        let mut out = Collector {
+            next: &mut self.next,
+            cx,
+            rejects: self.rejects.as_deref_mut(),
+            emitted: 0,
+            rejected: 0,
+            last_reject: String::new(),
+            of: PhantomData,
+        };
+        let progress = self.reader.read(&mut position, max, &mut out);
+        let (emitted, rejected, last_reject) = (out.emitted, out.rejected, out.last_reject);
+        let moves_alone = progress == Ok(Progress::More);
+        match progress {
+            Ok(Progress::More) => {}
+            Ok(Progress::Idle { until_ns }) => self.wake = Some(until_ns),
+            Ok(Progress::End) => cx.txn.set(self.phase, ENDED),
+            Err(message) => cx.fail(Error::job(&self.name, message)),
+        }
+        if emitted + rejected > 0 {
+            cx.txn.set(self.position, position);
+            cx.count(self.records, emitted as u64);
+            if rejected > 0 {
+                self.note_rejects(cx, rejected as u64, &last_reject);
+            }
+            self.end_batch(cx);
+        } else if moves_alone {
+            cx.txn.set(self.position, position);
+        }
+        if let Some(pace) = &mut self.pace {
+            pace.took(emitted);
+        }
+        emitted + rejected
+    }
+
+    #[cold]
+    fn note_rejects(&mut self, cx: &mut Cx, rejected: u64, last: &str) {
+        cx.count(self.rejected, rejected);
+        let total = cx.txn.get(self.rejected);
+        if total > self.rejects_max {
+            let message = format!(
+                "{total} inputs refused, more than --max-rejects {} allows; the last one: {last}",
+                self.rejects_max
+            );
+            cx.fail(Error::job(&self.name, message));
+        }
+    }
+
+    fn end_batch(&mut self, cx: &mut Cx) {
+        self.next.end_batch(cx);
+        if let Some(rejects) = &mut self.rejects {
+            rejects.end_batch(cx);
+        }
+    }
+
+    fn room(&mut self, cx: &mut Cx) -> usize {
+        let room = self.next.room(cx);
+        self.rejects.as_mut().map_or(room, |rejects| room.min(rejects.room(cx)))
+    }
+
+    fn pump(&mut self, cx: &mut Cx) -> bool {
+        let side = self.rejects.as_mut().is_some_and(|rejects| rejects.pump(cx));
+        self.next.pump(cx) | side
+    }
+
+    /// Sends the last watermark and the end down both outputs; true once they are through.
+    fn finish(&mut self, cx: &mut Cx) -> bool {
+        self.next.watermark(cx, i64::MAX);
+        // What is pending (a firing window) shows as no room; it is pumped first.
+        if self.next.room(cx) == 0 || !self.next.end(cx) {
+            return false;
+        }
+        let Some(rejects) = &mut self.rejects else {
+            return true;
+        };
+        rejects.watermark(cx, i64::MAX);
+        rejects.end(cx)
+    }
+
+    fn limit_is_reached(&self, cx: &Cx) -> bool {
+        self.limit.is_some_and(|limit| cx.txn.get(self.records) >= limit)
+    }
+}
+
+impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> Stage for SourceStage<T, P, R, N> {
+    fn run(&mut self, cx: &mut Cx) -> usize {
+        self.wake = None;
+        let mut work = usize::from(self.pump(cx));
+        if cx.txn.get(self.phase) == READING {
+            if cx.draining || self.limit_is_reached(cx) {
+                cx.txn.set(self.phase, ENDED);
+            } else {
+                work += self.read(cx);
+            }
+        }
+        if cx.txn.get(self.phase) == ENDED && cx.failure.is_none() && self.finish(cx) {
+            cx.txn.set(self.phase, DONE);
+            work += 1;
+        }
+        work
+    }
+
+    fn save(&mut self, cx: &mut Cx) {
+        self.next.save(cx);
+        if let Some(rejects) = &mut self.rejects {
+            rejects.save(cx);
+        }
+    }
+
+    fn is_done(&self, cx: &Cx) -> bool {
+        cx.txn.get(self.phase) == DONE
+    }
+
+    fn wake_ns(&self) -> Option<u64> {
+        self.wake
+    }
+}

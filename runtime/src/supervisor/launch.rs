@@ -1,0 +1,432 @@
+//! Launching: from a described job to its report. Creates and maps the segments, starts the workers, then waits and acts
+//! until the job is over.
+//!
+//! Called by `testudo::main` and by programs that embed a job ([`Job`]).
+
+#![expect(unsafe_code, reason = "maps the segments that it created; raises the descriptor limit")]
+
+use super::console::Console;
+use super::description::{Description, SegmentFds};
+use super::outputs::Outputs;
+use super::progress::Progress;
+use super::recover::Crew;
+use super::report::Report;
+use super::spawn::Spawner;
+use super::watch::{Events, Watch, event_fd};
+use crate::config::{Completeness, Settings};
+use crate::error::Error;
+use crate::flow::Flow;
+use crate::plan::Plan;
+use crate::worker::attach::ring_parts;
+use crate::worker::entry::{JobFn, entry_offset};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use testudo_shm::arena::{Access, Arena};
+use testudo_shm::header::{self, ControlHeader, WorkerHeader, control};
+use testudo_shm::primitive::Ordering;
+use testudo_shm::segment::Segment;
+use testudo_shm::wait::{self, WaitWord};
+
+/// A job inside another program: the program's main begins with [`init`](crate::init), and the job's function is a plain
+/// `fn`, found again in the worker processes.
+///
+/// ```no_run
+/// use testudo::prelude::*;
+///
+/// fn build(flow: &Flow, upto: &str) {
+///     let upto = upto.parse().unwrap_or(0);
+///     flow.source("numbers", Generator::new(upto, |n| n)).for_each(|_| ());
+/// }
+///
+/// fn main() -> Result<(), testudo::Error> {
+///     testudo::init();
+///     let report = Job::new(build).parameters("1000000").run()?;
+///     assert_eq!(report.records_in, 1_000_000);
+///     Ok(())
+/// }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Job {
+    build: JobFn,
+    parameters: String,
+    settings: Settings,
+}
+
+impl Job {
+    /// A job described by `build`, which gets [`Job::parameters`] in every process.
+    #[must_use]
+    pub fn new(build: fn(&Flow, &str)) -> Self {
+        Self { build, parameters: String::new(), settings: Settings { progress: false, ..Settings::default() } }
+    }
+
+    /// Text handed to the job's function: what the job is to do, in whatever form it likes.
+    #[must_use]
+    pub fn parameters(mut self, parameters: impl Into<String>) -> Self {
+        self.parameters = parameters.into();
+        self
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn settings(mut self, settings: Settings) -> Self {
+        self.settings = settings;
+        self
+    }
+
+    /// Runs the job to its end in this thread.
+    ///
+    /// # Errors
+    /// Why it could not start or failed.
+    pub fn run(self) -> Result<Report, Error> {
+        self.run_with(Arc::default(), |_| ())
+    }
+
+    /// Runs the job in a thread of its own.
+    #[must_use]
+    pub fn start(self) -> Running {
+        let events = Arc::new(Events::default());
+        let shared = Arc::clone(&events);
+        let (send, started) = crossbeam::channel::bounded(1);
+        let run = move || self.run_with(shared, |pids| drop(send.send(pids)));
+        Running { thread: std::thread::spawn(run), events, started }
+    }
+
+    fn run_with(self, events: Arc<Events>, started: impl FnOnce(View)) -> Result<Report, Error> {
+        self.settings.check()?;
+        let entry = entry_offset(self.build);
+        let parameters = self.parameters.clone();
+        let build = move |flow: &Flow| (self.build)(flow, &parameters);
+        let launch = Launch { settings: self.settings, parameters: self.parameters, entry, signals: None };
+        launch.run(build, events, started)
+    }
+}
+
+/// What a program may look at while its job runs.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// The headers of all workers: process id, commits, gaps.
+    pub workers: Vec<&'static WorkerHeader>,
+}
+
+/// A job that runs in a thread of this program.
+#[derive(Debug)]
+pub struct Running {
+    thread: std::thread::JoinHandle<Result<Report, Error>>,
+    events: Arc<Events>,
+    started: crossbeam::channel::Receiver<View>,
+}
+
+impl Running {
+    /// Waits until the workers are started; `None` when the job could not start.
+    #[must_use]
+    pub fn workers(&self) -> Option<View> {
+        self.started.recv().ok()
+    }
+
+    /// Asks the job to end: the first time it drains, the second time it stops at once.
+    pub fn stop(&self) {
+        self.events.request_stop();
+    }
+
+    /// True when the job is over.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the job's end.
+    ///
+    /// # Errors
+    /// Why it could not start or failed.
+    pub fn join(self) -> Result<Report, Error> {
+        match self.thread.join() {
+            Ok(result) => result,
+            Err(_) => Err(Error::Machine("the supervisor's thread panicked".into())),
+        }
+    }
+}
+
+/// Everything needed to launch.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    pub(crate) settings: Settings,
+    pub(crate) parameters: String,
+    pub(crate) entry: isize,
+    /// The descriptor that reads SIGINT and SIGTERM, where they are to end the job.
+    pub(crate) signals: Option<OwnedFd>,
+}
+
+/// Descriptors kept free for files, sockets and the like.
+const SPARE_DESCRIPTORS: usize = 64;
+
+impl Launch {
+    /// Plans, launches, waits, reports.
+    pub(crate) fn run(
+        mut self,
+        build: impl Fn(&Flow),
+        events: Arc<Events>,
+        started: impl FnOnce(View),
+    ) -> Result<Report, Error> {
+        let (flow, plan) = self.plan(&build)?;
+        let outputs = Outputs::claim(&plan)?;
+        let watch = Watch::start(Arc::clone(&events), self.signals.take())?;
+        let stage = Scene::build(&plan, &self, flow.draft.borrow().surveys.clone(), &watch)?;
+        let begun = std::time::Instant::now();
+        let crew = Crew::start(&plan, &self.settings, &stage, &watch, Spawner::new(), self.entry)?;
+        started(View { workers: stage.workers.clone() });
+        let mut running = Play { plan: &plan, settings: &self.settings, scene: &stage, watch, crew };
+        let console = Console::start(&plan, &self.settings, &stage, &events)?;
+        let result = running.wait(&events, &console);
+        running.crew.end(result.is_err());
+        let console = console.join(result.is_err());
+        drop(outputs);
+        result?;
+        console?;
+        Ok(Report::new(&plan, &self.settings, &stage, running.crew.restarts, begun.elapsed()))
+    }
+
+    /// Draws and plans, with fewer key groups where the descriptor limit asks for it.
+    fn plan(&mut self, build: &impl Fn(&Flow)) -> Result<(Flow, Plan), Error> {
+        let limit = raise_descriptor_limit();
+        let asked = self.settings.key_groups;
+        loop {
+            let flow = Flow::new(Rc::new(self.settings.clone()));
+            build(&flow);
+            let plan = Plan::new(&flow.draft.borrow(), &self.settings)?;
+            let need = plan.layout.descriptors() + SPARE_DESCRIPTORS;
+            if need <= limit {
+                if self.settings.key_groups < asked {
+                    eprintln!(
+                        "testudo: {asked} key groups need more than the {limit} descriptors allowed (ulimit -n); \
+                         using {}",
+                        self.settings.key_groups
+                    );
+                }
+                return Ok((flow, plan));
+            }
+            if self.settings.key_groups == 1 {
+                return Err(Error::Machine(format!(
+                    "the job needs {need} descriptors, the limit is {limit}; raise it with ulimit -n"
+                )));
+            }
+            self.settings.key_groups /= 2;
+        }
+    }
+
+    /// Draws and plans for `--explain`.
+    pub(crate) fn explain(mut self, build: impl Fn(&Flow)) -> Result<String, Error> {
+        let (_, plan) = self.plan(&build)?;
+        Ok(crate::plan::explain::text(&plan, &self.settings))
+    }
+}
+
+/// Raises the soft limit on descriptors to the hard one and returns it.
+fn raise_descriptor_limit() -> usize {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is a valid place; raising a soft limit to the hard one needs no privilege.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        let wanted = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const wanted) == 0 {
+            limit = wanted;
+        }
+    }
+    usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX)
+}
+
+/// The segments of a job, as the supervisor holds and maps them.
+#[derive(Debug)]
+pub(crate) struct Scene {
+    pub(crate) control: Segment,
+    pub(crate) control_header: &'static ControlHeader,
+    pub(crate) workers: Vec<&'static WorkerHeader>,
+    pub(crate) arena: &'static Arena,
+    pub(crate) description: Description,
+    segments: Vec<(Segment, OwnedFd)>,
+    groups: Vec<Vec<Segment>>,
+    events: Vec<OwnedFd>,
+}
+
+impl Scene {
+    fn build(plan: &Plan, launch: &Launch, surveys: Vec<String>, watch: &Watch) -> Result<Self, Error> {
+        let layout = &plan.layout;
+        let supervisor = plan.supervisor();
+        let name = &launch.settings.name;
+        let control = Segment::create(&format!("{name}-control"), layout.segments[supervisor].bytes)?;
+        let mut segments = Vec::new();
+        for (worker, segment) in layout.segments[..supervisor].iter().enumerate() {
+            let segment = Segment::create(&format!("{name}-w{worker}"), segment.bytes)?;
+            let peer = segment.read_only()?;
+            segments.push((segment, peer));
+        }
+        let mut groups = Vec::new();
+        for laid in &layout.groups {
+            let uid = plan.operators[laid.operator].uid();
+            let create = |group| Segment::create(&format!("{name}-{uid}-g{group}"), laid.bytes);
+            groups.push((0..laid.groups).map(create).collect::<Result<Vec<_>, _>>()?);
+        }
+        let events = if wait::has_wait_any() && plan.workers + 1 < wait::FUTEX_WAITV_MAX {
+            Vec::new()
+        } else {
+            eprintln!("testudo: this kernel cannot wait on several futexes; workers sleep on eventfds");
+            (0..=plan.workers).map(|_| event_fd()).collect::<Result<Vec<_>, _>>()?
+        };
+        let arena = supervisor_arena(plan, &control, &segments)?;
+        // SAFETY: the fronts of all segments are mapped for good.
+        let control_header = unsafe { header::at::<ControlHeader>(arena.at(layout.segments[supervisor].at)) };
+        let workers = layout.segments[..supervisor]
+            .iter()
+            // SAFETY: as above.
+            .map(|segment| unsafe { header::at::<WorkerHeader>(arena.at(segment.at)) })
+            .collect();
+        let description = Description {
+            settings: launch.settings.clone(),
+            parameters: launch.parameters.clone(),
+            surveys,
+            plan: plan.hash,
+            supervisor: std::process::id(),
+            segments: segments
+                .iter()
+                .map(|(owner, peer)| SegmentFds { owner: owner.raw_fd(), peer: peer.as_raw_fd() })
+                .collect(),
+            groups: groups.iter().map(|all| all.iter().map(Segment::raw_fd).collect()).collect(),
+            events: (!events.is_empty()).then(|| events.iter().map(AsRawFd::as_raw_fd).collect()),
+            notice: watch.notice_fd(),
+        };
+        description.write(arena, layout.segments[supervisor].at, control_header)?;
+        Ok(Self { control, control_header, workers, arena, description, segments, groups, events })
+    }
+
+    /// The descriptors that a worker inherits: its own segments writable, the others read-only.
+    pub(crate) fn inherited(&self, plan: &Plan, worker: usize) -> Vec<i32> {
+        let mut fds = vec![self.control.raw_fd(), self.description.notice];
+        for (index, (owner, peer)) in self.segments.iter().enumerate() {
+            fds.push(if index == worker { owner.raw_fd() } else { peer.as_raw_fd() });
+        }
+        for (laid, segments) in plan.layout.groups.iter().zip(&self.groups) {
+            let held = crate::worker::attach::held_groups(plan, laid.operator, laid.groups, worker);
+            fds.extend(held.into_iter().map(|group| segments[group].raw_fd()));
+        }
+        fds.extend(self.events.iter().map(AsRawFd::as_raw_fd));
+        fds
+    }
+
+    /// Changes the control word and wakes everyone (R8).
+    pub(crate) fn set_control(&self, bits: u64) {
+        self.control_header.control.fetch_or(bits, Ordering::AcqRel);
+        self.wake_workers();
+    }
+
+    /// Rings the supervisor's bell, for all sleepers.
+    pub(crate) fn wake_workers(&self) {
+        wait::ring_bell(&self.control_header.bell);
+        for event in &self.events {
+            wait::wake_event(event.as_raw_fd());
+        }
+    }
+
+    /// The parts of a ring, in the supervisor's address space.
+    pub(crate) fn ring_parts(&self, plan: &Plan, ring: &crate::plan::layout::RingPlan) -> testudo_shm::ring::RingParts {
+        ring_parts(self.arena, plan, ring)
+    }
+}
+
+/// Maps the control segment writable, the workers' fronts and the rings to the supervisor read-only.
+fn supervisor_arena(
+    plan: &Plan,
+    control: &Segment,
+    segments: &[(Segment, OwnedFd)],
+) -> Result<&'static Arena, Error> {
+    let layout = &plan.layout;
+    let supervisor = plan.supervisor();
+    // Kept for the rest of the process: rings and headers point into it. It reserves addresses, not memory.
+    let arena: &'static Arena = Box::leak(Box::new(Arena::reserve(layout.arena_bytes)?));
+    let own = &layout.segments[supervisor];
+    arena.map(control.fd(), 0, own.front, own.at, Access::Owner)?;
+    for (segment, laid) in segments.iter().zip(&layout.segments) {
+        arena.map(segment.0.fd(), 0, laid.front, laid.at, Access::Peer)?;
+    }
+    for ring in &layout.rings {
+        if ring.from == supervisor {
+            arena.map_mirrored(control.fd(), ring.data, ring.bytes, ring.at, Access::Owner)?;
+        } else if ring.to == supervisor {
+            let fd = segments[ring.from].0.fd();
+            arena.map_mirrored(fd, ring.data, ring.bytes, ring.at, Access::Peer)?;
+        }
+    }
+    Ok(arena)
+}
+
+/// A running job, as the supervisor's loop sees it.
+struct Play<'a> {
+    plan: &'a Plan,
+    settings: &'a Settings,
+    scene: &'a Scene,
+    watch: Watch,
+    crew: Crew<'a>,
+}
+
+/// Longest sleep of the supervisor's loop.
+const TICK: Duration = Duration::from_millis(100);
+
+impl Play<'_> {
+    /// Waits and acts until all stages are done.
+    fn wait(&mut self, events: &Events, console: &Console) -> Result<(), Error> {
+        let mut progress = Progress::new(self.plan, self.settings, self.scene);
+        loop {
+            let seen = events.word.load(Ordering::Acquire);
+            match events.signals.load(Ordering::Acquire) {
+                0 => {}
+                1 => {
+                    console.drain();
+                    self.scene.set_control(control::DRAIN);
+                }
+                _ => return Err(Error::Stopped),
+            }
+            console.check()?;
+            let values = self.crew.look(&self.watch)?;
+            if self.crew.all_finished() && console.is_drained() {
+                self.scene.set_control(control::LEAVE);
+                return Ok(());
+            }
+            progress.show(self.crew.restarts.len());
+            let mut words = Vec::with_capacity(values.len() + 1);
+            words.push(WaitWord { word: &events.word, value: seen, private: true });
+            for (worker, value) in values {
+                let word = &self.scene.workers[worker].death[0].word;
+                words.push(WaitWord { word, value, private: false });
+            }
+            wait::wait_any(&words, Some(self.crew.patience().unwrap_or(TICK).min(TICK)));
+        }
+    }
+}
+
+/// Whether producers may drop records for dead consumers.
+pub(crate) fn may_drop(settings: &Settings) -> bool {
+    settings.completeness == Completeness::Partial
+}
+
+/// The supervisor's ends of the rings from standard input and to standard output.
+pub(crate) fn console_ends(
+    plan: &Plan,
+    scene: &Scene,
+    supervisor: usize,
+) -> (Vec<testudo_shm::producer::Producer>, Vec<testudo_shm::consumer::Consumer>) {
+    let rings = &plan.layout.rings;
+    let inputs = rings.iter().filter(|ring| ring.from == supervisor);
+    let outputs = rings.iter().filter(|ring| ring.to == supervisor);
+    // SAFETY: mapped by `supervisor_arena` for good; the console's thread is the only one that uses these ends.
+    unsafe {
+        let producer = |ring| testudo_shm::producer::Producer::attach(scene.ring_parts(plan, ring), 0);
+        let consumer = |ring| testudo_shm::consumer::Consumer::attach(scene.ring_parts(plan, ring), 0);
+        (inputs.map(producer).collect(), outputs.map(consumer).collect())
+    }
+}
+
+/// Names this process as the supervisor, for ps and top.
+pub(crate) fn name_supervisor() {
+    // SAFETY: a NUL-terminated literal.
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"testudo-sup".as_ptr()) };
+}

@@ -1,0 +1,162 @@
+//! Starts worker processes: the same executable through posix_spawn (vfork and exec), from one thread that lives as long
+//! as the job (R3: a fork of a large parent costs milliseconds, and parent-death signals follow the spawning thread).
+//!
+//! Called by `launch` and `recover`.
+
+#![expect(unsafe_code, reason = "posix_spawn and its file actions")]
+
+use crate::error::Error;
+use crate::worker::entry::{ROLE, Role};
+use std::ffi::{CString, OsString};
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+
+/// A started worker process.
+#[derive(Debug)]
+pub(crate) struct Child {
+    pub(crate) pid: i32,
+    /// Readable once the process has ended.
+    pub(crate) pidfd: OwnedFd,
+}
+
+/// What all workers of a job are started with.
+#[derive(Debug)]
+pub(crate) struct Spawner {
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+fn c_string(text: OsString) -> CString {
+    CString::new(text.into_vec()).unwrap_or_default()
+}
+
+impl Spawner {
+    /// Takes this process's arguments and environment.
+    pub(crate) fn new() -> Self {
+        let environment = std::env::vars_os()
+            .filter(|(name, _)| name != ROLE)
+            .map(|(name, value)| {
+                let mut pair = name;
+                pair.push("=");
+                pair.push(value);
+                c_string(pair)
+            })
+            .collect();
+        Self { arguments: std::env::args_os().skip(1).map(c_string).collect(), environment }
+    }
+
+    /// Starts a worker that inherits `descriptors` and the standard ones, and nothing else.
+    pub(crate) fn spawn(&self, role: Role, descriptors: &[i32]) -> Result<Child, Error> {
+        let name = c_string(format!("testudo-w{}", role.worker).into());
+        let Role { worker, control_fd, control_bytes, entry, life } = role;
+        let role = format!("{ROLE}={worker}:{control_fd}:{control_bytes}:{entry}:{life}");
+        let role = c_string(role.into());
+        let pointers = |first: &CString, rest: &[CString]| {
+            let all = std::iter::once(first.as_ptr()).chain(rest.iter().map(|text| text.as_ptr()));
+            all.chain([std::ptr::null()]).map(<*const libc::c_char>::cast_mut).collect::<Vec<_>>()
+        };
+        let arguments = pointers(&name, &self.arguments);
+        let environment = pointers(&role, &self.environment);
+        let pid = raw_spawn(&arguments, &environment, descriptors)
+            .map_err(|error| Error::Machine(format!("cannot start worker {worker}: {error}")))?;
+        // SAFETY: plain system call on a child of ours that was not waited for yet.
+        let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        if pidfd < 0 {
+            let error = std::io::Error::last_os_error();
+            return Err(Error::Machine(format!("cannot watch worker {worker} (pidfd_open): {error}")));
+        }
+        // SAFETY: the descriptor was just returned by the kernel.
+        Ok(Child { pid, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd as i32) } })
+    }
+}
+
+fn raw_spawn(
+    arguments: &[*mut libc::c_char],
+    environment: &[*mut libc::c_char],
+    descriptors: &[i32],
+) -> Result<i32, std::io::Error> {
+    let check = |code: i32| if code == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(code)) };
+    let mut actions = std::mem::MaybeUninit::<libc::posix_spawn_file_actions_t>::uninit();
+    let mut attributes = std::mem::MaybeUninit::<libc::posix_spawnattr_t>::uninit();
+    let mut pid = 0;
+    // SAFETY: both structures are initialised before use and destroyed after; the pointer lists end in null and their
+    // strings are alive in the caller.
+    unsafe {
+        check(libc::posix_spawn_file_actions_init(actions.as_mut_ptr()))?;
+        check(libc::posix_spawnattr_init(attributes.as_mut_ptr()))?;
+        for &fd in descriptors {
+            // A descriptor duplicated onto itself loses its close-on-exec flag.
+            check(libc::posix_spawn_file_actions_adddup2(actions.as_mut_ptr(), fd, fd))?;
+        }
+        let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        let mut all = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::sigfillset(all.as_mut_ptr());
+        check(libc::posix_spawnattr_setsigmask(attributes.as_mut_ptr(), none.as_ptr()))?;
+        check(libc::posix_spawnattr_setsigdefault(attributes.as_mut_ptr(), all.as_ptr()))?;
+        let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
+        check(libc::posix_spawnattr_setflags(attributes.as_mut_ptr(), flags as libc::c_short))?;
+        let done = check(libc::posix_spawn(
+            &raw mut pid,
+            c"/proc/self/exe".as_ptr(),
+            actions.as_ptr(),
+            attributes.as_ptr(),
+            arguments.as_ptr(),
+            environment.as_ptr(),
+        ));
+        libc::posix_spawn_file_actions_destroy(actions.as_mut_ptr());
+        libc::posix_spawnattr_destroy(attributes.as_mut_ptr());
+        done?;
+    }
+    Ok(pid)
+}
+
+/// Kills a process at once.
+pub(crate) fn kill(pid: i32) {
+    // SAFETY: plain system call; the child was not reaped, so the number is still its own.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Code(i32),
+    Signal(i32),
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = match *self {
+            Self::Code(code) => return write!(f, "exit code {code}"),
+            Self::Signal(libc::SIGKILL) => "SIGKILL",
+            Self::Signal(libc::SIGSEGV) => "SIGSEGV",
+            Self::Signal(libc::SIGBUS) => "SIGBUS",
+            Self::Signal(libc::SIGABRT) => "SIGABRT",
+            Self::Signal(libc::SIGILL) => "SIGILL",
+            Self::Signal(libc::SIGFPE) => "SIGFPE",
+            Self::Signal(libc::SIGTERM) => "SIGTERM",
+            Self::Signal(signal) => return write!(f, "signal {signal}"),
+        };
+        f.write_str(name)
+    }
+}
+
+/// Reaps a child that has ended; `None` while it runs. With `wait`, waits for it.
+pub(crate) fn reap(pid: i32, wait: bool) -> Option<Exit> {
+    let mut status = 0;
+    loop {
+        // SAFETY: status is a valid place for the result.
+        let got = unsafe { libc::waitpid(pid, &raw mut status, if wait { 0 } else { libc::WNOHANG }) };
+        if got < 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted {
+            continue;
+        }
+        if got != pid {
+            return None;
+        }
+        return Some(if libc::WIFSIGNALED(status) {
+            Exit::Signal(libc::WTERMSIG(status))
+        } else {
+            Exit::Code(libc::WEXITSTATUS(status))
+        });
+    }
+}

@@ -1,0 +1,84 @@
+//! The machine's monotonic clock, as all processes of a job read it.
+
+/// Nanoseconds of the monotonic clock, comparable between processes of one boot.
+#[inline]
+#[must_use]
+pub fn now_ns() -> u64 {
+    clock::monotonic_ns()
+}
+
+/// Event time in words: milliseconds since 1970, UTC, to the second.
+#[must_use]
+pub fn utc(millis: i64) -> String {
+    let seconds = millis.div_euclid(1000);
+    let (day, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+    let (year, month, date) = civil(day);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{date:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+/// The date of a day counted from 1970-01-01, in the proleptic Gregorian calendar.
+fn civil(day: i64) -> (i64, i64, i64) {
+    // Days are counted from 0000-03-01, so that the leap day ends a year.
+    let day = day + 719_468;
+    let era = day.div_euclid(146_097);
+    let of_era = day.rem_euclid(146_097);
+    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month = (5 * of_year + 2) / 153;
+    let date = of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (year_of_era + era * 400 + i64::from(month <= 2), month, date)
+}
+
+/// Milliseconds since 1970 of a time such as `2013-01-01T10:00:00Z`; `None` when it is none.
+#[must_use]
+pub fn parse_utc(text: &str) -> Option<i64> {
+    let bytes = text.as_bytes();
+    if bytes.len() != 20 || bytes[10] != b'T' || bytes[19] != b'Z' {
+        return None;
+    }
+    let number = |from: usize, to: usize| -> Option<i64> {
+        let digits = &bytes[from..to];
+        digits.iter().try_fold(0, |n, b| b.is_ascii_digit().then(|| n * 10 + i64::from(b - b'0')))
+    };
+    let (year, month, date) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
+    let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
+    if !(1..=12).contains(&month) || !(1..=31).contains(&date) || hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let era = y.div_euclid(400);
+    let of_era = y.rem_euclid(400);
+    let of_year = (153 * m + 2) / 5 + date - 1;
+    let day = era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468;
+    Some(((day * 24 + hour) * 60 + minute) * 60_000 + second * 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_survives_being_written_and_read() {
+        for millis in [0, 1_357_034_400_000, -62_135_596_800_000, 951_782_400_000, 4_102_444_799_000] {
+            assert_eq!(parse_utc(&utc(millis)), Some(millis), "{}", utc(millis));
+        }
+        assert_eq!(utc(1_357_034_400_000), "2013-01-01T10:00:00Z");
+        for bad in ["", "2013-01-01 10:00:00Z", "2013-13-01T10:00:00Z", "2013-01-01T1x:00:00Z"] {
+            assert_eq!(parse_utc(bad), None, "{bad}");
+        }
+    }
+}
+
+mod clock {
+    #![expect(unsafe_code, reason = "std's Instant cannot be compared between processes")]
+
+    #[inline]
+    pub(super) fn monotonic_ns() -> u64 {
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: now is a valid place for the result; CLOCK_MONOTONIC always exists.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+        now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    }
+}

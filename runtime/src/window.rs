@@ -1,0 +1,124 @@
+//! Windows of event time: how time is cut, and the two operators that aggregate over it.
+//!
+//! State is kept by *slice*: the greatest common divisor of size and slide. A tumbling window is one slice, a sliding
+//! one merges several. A window [start, end) fires once the watermark is at or past its end; ends are multiples of the
+//! slide, so windows at both ends of the stream may be partly filled.
+//!
+//! `keyed` has windows by key, `all` those over everything (aggregated per subtask, then merged).
+
+pub(crate) mod keyed;
+
+pub(crate) mod all;
+
+use std::time::Duration;
+
+/// A window's bounds: event time in milliseconds, the start included, the end not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// First millisecond.
+    pub start: i64,
+    /// First millisecond after it.
+    pub end: i64,
+}
+
+/// How event time is cut into windows.
+///
+/// ```
+/// use std::time::Duration;
+/// use testudo::window::{sliding, tumbling};
+/// let hourly = tumbling(Duration::from_secs(3600));
+/// let overlapping = sliding(Duration::from_secs(10), Duration::from_secs(2));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    size: i64,
+    slide: i64,
+    slice: i64,
+}
+
+/// Windows of `size`, one behind the other.
+///
+/// # Panics
+/// When `size` is less than a millisecond.
+#[must_use]
+pub fn tumbling(size: Duration) -> Window {
+    sliding(size, size)
+}
+
+/// Windows of `size`, one beginning every `slide`.
+///
+/// # Panics
+/// When either is less than a millisecond, or the slide is longer than the size.
+#[must_use]
+pub fn sliding(size: Duration, slide: Duration) -> Window {
+    let millis = |d: Duration| i64::try_from(d.as_millis()).unwrap_or(i64::MAX / 4);
+    let (size, slide) = (millis(size), millis(slide));
+    assert!(slide >= 1 && size >= slide, "a window needs 1 ms <= slide <= size, not {slide}, {size}");
+    Window { size, slide, slice: greatest_common_divisor(size, slide) }
+}
+
+fn greatest_common_divisor(a: i64, b: i64) -> i64 {
+    if b == 0 { a } else { greatest_common_divisor(b, a % b) }
+}
+
+impl Window {
+    /// Start of the slice that a time belongs to.
+    #[inline(always)]
+    pub(crate) fn slice_of(self, time: i64) -> i64 {
+        time.saturating_sub(time.rem_euclid(self.slice))
+    }
+
+    /// First time after a slice.
+    #[inline(always)]
+    pub(crate) fn slice_end(self, slice: i64) -> i64 {
+        slice.saturating_add(self.slice)
+    }
+
+    /// End of the first window that contains a slice.
+    pub(crate) fn first_end(self, slice: i64) -> i64 {
+        slice.saturating_sub(slice.rem_euclid(self.slide)).saturating_add(self.slide)
+    }
+
+    /// End of the last window that contains a slice: what comes when that has fired is late.
+    #[inline(always)]
+    pub(crate) fn last_end(self, slice: i64) -> i64 {
+        let end = slice.saturating_add(self.size);
+        end - end.rem_euclid(self.slide)
+    }
+
+    /// The window that ends at `end`.
+    pub(crate) fn bounds(self, end: i64) -> Bounds {
+        Bounds { start: end - self.size, end }
+    }
+
+    /// The next window to fire: behind the one that ended at `fired`, containing `oldest` or a later slice.
+    pub(crate) fn next_end(self, fired: i64, oldest: i64) -> i64 {
+        self.first_end(oldest).max(fired.saturating_add(self.slide))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_knows_its_first_and_last_window() {
+        let window = sliding(Duration::from_millis(10), Duration::from_millis(4));
+        assert_eq!(window.slice, 2);
+        for time in -50..50i64 {
+            let slice = window.slice_of(time);
+            assert!(slice <= time && time < window.slice_end(slice));
+            let ends: Vec<i64> =
+                (-100..100).filter(|end| end % 4 == 0 && end - 10 <= time && time < *end).collect();
+            assert_eq!(ends.first(), Some(&window.first_end(slice)), "first window of {time}");
+            assert_eq!(ends.last(), Some(&window.last_end(slice)), "last window of {time}");
+        }
+    }
+
+    #[test]
+    fn a_tumbling_window_is_one_slice() {
+        let window = tumbling(Duration::from_secs(3600));
+        assert_eq!(window.first_end(7_200_000), window.last_end(7_200_000));
+        assert_eq!(window.bounds(3_600_000), Bounds { start: 0, end: 3_600_000 });
+    }
+}

@@ -1,0 +1,194 @@
+//! The step's context: the transaction, the ring ends, the counters. Handed down through every operator.
+//!
+//! Invariants:
+//! - positions of rings are private here; their cells are written by `save_positions` before commit, and what peers read
+//!   is published by `publish` after it, tails before heads (R5's counterpart);
+//! - a failure is noted, not unwound: the step loop ends the step without a commit.
+//!
+//! Called by every operator; driven by `step`.
+
+use crate::error::Error;
+use testudo_shm::consumer::Consumer;
+use testudo_shm::producer::Producer;
+use testudo_shm::record::Scratch;
+use testudo_shm::txn::{Place, Txn};
+
+/// A counter's cell.
+pub type CounterPlace = Place<u64>;
+
+/// A ring that this worker fills.
+#[derive(Debug)]
+pub struct OutRing {
+    pub(crate) ring: Producer,
+    pub(crate) cell: Place<u64>,
+    pub(crate) committed: u64,
+    /// Index of the consuming process in the worker's list of peers.
+    pub(crate) peer: usize,
+    /// What errors call this edge.
+    pub(crate) name: String,
+}
+
+/// Where a consumer stands: the frame at its head, and how much of that frame is taken.
+pub type InPosition = [u64; 3];
+
+/// A ring that this worker empties.
+#[derive(Debug)]
+pub struct InRing {
+    /// Taken out while a frame of it is being processed.
+    pub(crate) ring: Option<Consumer>,
+    pub(crate) cell: Place<InPosition>,
+    pub(crate) committed: InPosition,
+    pub(crate) inner_bytes: u64,
+    pub(crate) inner_count: u64,
+    pub(crate) peer: usize,
+    pub(crate) name: String,
+}
+
+impl InRing {
+    fn position(&self) -> InPosition {
+        let head = self.ring.as_ref().map_or(self.committed[0], Consumer::position);
+        [head, self.inner_bytes, self.inner_count]
+    }
+}
+
+/// The context of a step.
+#[derive(Debug)]
+pub struct Cx {
+    pub(crate) txn: Txn,
+    pub(crate) out_rings: Vec<OutRing>,
+    pub(crate) in_rings: Vec<InRing>,
+    pub(crate) failure: Option<Error>,
+    /// Monotonic clock at the step's begin, nanoseconds.
+    pub(crate) now_ns: u64,
+    /// Sources stop: the job is being drained.
+    pub(crate) draining: bool,
+    /// Archived records are validated when taken.
+    pub(crate) validate: bool,
+    /// Latest watermark that an event-time operator or an inlet noted: for people, not for decisions.
+    pub(crate) watermark: i64,
+    scratch: Vec<Scratch>,
+}
+
+impl Cx {
+    pub(crate) fn new(txn: Txn, validate: bool) -> Self {
+        Self {
+            txn,
+            out_rings: Vec::new(),
+            in_rings: Vec::new(),
+            failure: None,
+            now_ns: 0,
+            draining: false,
+            validate,
+            watermark: 0,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// A buffer to encode into; given back with `give_scratch`.
+    pub(crate) fn take_scratch(&mut self) -> Scratch {
+        self.scratch.pop().unwrap_or_default()
+    }
+
+    pub(crate) fn give_scratch(&mut self, scratch: Scratch) {
+        self.scratch.push(scratch);
+    }
+
+    /// Adds to a counter, inside the transaction.
+    #[inline(always)]
+    pub(crate) fn count(&mut self, counter: CounterPlace, by: u64) {
+        let value = self.txn.get(counter);
+        self.txn.set(counter, value + by);
+    }
+
+    /// Notes a failure; the first one counts.
+    #[cold]
+    pub(crate) fn fail(&mut self, error: Error) {
+        self.failure.get_or_insert(error);
+    }
+
+    /// Loads the tails of all input rings: true when any has something (R5: before the control word).
+    #[inline]
+    pub(crate) fn look(&mut self) -> bool {
+        let mut any = false;
+        for input in &mut self.in_rings {
+            if let Some(ring) = &mut input.ring {
+                any |= ring.look();
+            }
+        }
+        any
+    }
+
+    /// True when a consumer has released something that this worker had not seen yet.
+    pub(crate) fn has_room_again(&mut self) -> bool {
+        self.out_rings.iter_mut().any(|out| {
+            let before = out.ring.backlog();
+            out.ring.refresh();
+            out.ring.backlog() != before
+        })
+    }
+
+    /// Writes the cells of every ring position that moved.
+    #[inline]
+    pub(crate) fn save_positions(&mut self) {
+        for out in &mut self.out_rings {
+            let position = out.ring.position();
+            if position != out.committed {
+                self.txn.set(out.cell, position);
+            }
+        }
+        for input in &mut self.in_rings {
+            let position = input.position();
+            if position != input.committed {
+                self.txn.set(input.cell, position);
+            }
+        }
+    }
+
+    /// After the commit: makes tails visible, then heads. Calls `touched` with the peer of each that moved.
+    #[inline]
+    pub(crate) fn publish(&mut self, mut touched: impl FnMut(usize)) {
+        for out in &mut self.out_rings {
+            let position = out.ring.position();
+            if position != out.committed {
+                out.committed = position;
+                out.ring.publish();
+                touched(out.peer);
+            }
+        }
+        for input in &mut self.in_rings {
+            let position = input.position();
+            if position != input.committed {
+                if position[0] != input.committed[0] {
+                    if let Some(ring) = &mut input.ring {
+                        ring.publish();
+                    }
+                    touched(input.peer);
+                }
+                input.committed = position;
+            }
+        }
+    }
+
+    /// Publishes everything again: on attach, since the dead may have committed without publishing.
+    pub(crate) fn publish_all(&mut self) {
+        for out in &mut self.out_rings {
+            out.ring.publish();
+        }
+        for input in &mut self.in_rings {
+            if let Some(ring) = &mut input.ring {
+                ring.publish();
+            }
+        }
+    }
+
+    /// The first ring found to hold what cannot be true: it is quarantined, and the job says so (R9).
+    pub(crate) fn ring_fault(&self) -> Option<Error> {
+        let outs = self.out_rings.iter().filter_map(|r| r.ring.fault().map(|fault| (&r.name, fault)));
+        let ins = self.in_rings.iter().filter_map(|r| {
+            r.ring.as_ref().and_then(Consumer::fault).map(|fault| (&r.name, fault))
+        });
+        outs.chain(ins).next().map(|(name, fault)| {
+            Error::job(name, format!("the ring is damaged and was quarantined: {fault}"))
+        })
+    }
+}

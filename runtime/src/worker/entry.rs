@@ -1,0 +1,110 @@
+//! Where a worker process begins: the same binary, started again by the supervisor with a few words in its environment.
+//!
+//! Invariants: nothing of the user's runs before the role is known, but what stands before `testudo::init()` in main;
+//! the parent's death ends the worker (checked again after the signal is set, to close the race).
+//!
+//! Called by `testudo::init` and `testudo::main`.
+
+#![expect(unsafe_code, reason = "process entry: signals, inherited descriptors, the job's function")]
+
+use super::attach::Attach;
+use super::step;
+use crate::error::Error;
+use crate::flow::Flow;
+use crate::supervisor::description::Description;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::rc::Rc;
+
+/// The environment variable that makes a process a worker: `INDEX:CONTROL_FD:CONTROL_BYTES:ENTRY:LIFE`.
+pub(crate) const ROLE: &str = "TESTUDO_WORKER";
+
+/// Exit code of a worker whose job failed for a reason that a restart does not mend.
+pub(crate) const EXIT_FAILED: i32 = 70;
+
+/// Exit code of a worker that could not attach.
+pub(crate) const EXIT_ATTACH: i32 = 71;
+
+/// What the supervisor told this process to be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Role {
+    pub(crate) worker: usize,
+    pub(crate) control_fd: i32,
+    pub(crate) control_bytes: usize,
+    /// Offset of the job's function from a fixed one; 0 when `testudo::main` knows the job.
+    pub(crate) entry: isize,
+    /// How many processes were this worker before.
+    pub(crate) life: u64,
+}
+
+/// The role that the environment gives, if any.
+pub(crate) fn role() -> Option<Role> {
+    let text = std::env::var(ROLE).ok()?;
+    let mut parts = text.split(':');
+    let role = Role {
+        worker: parts.next()?.parse().ok()?,
+        control_fd: parts.next()?.parse().ok()?,
+        control_bytes: parts.next()?.parse().ok()?,
+        entry: parts.next()?.parse().ok()?,
+        life: parts.next()?.parse().ok()?,
+    };
+    Some(role)
+}
+
+/// A job's function as it can be named in another process of the same binary.
+pub(crate) type JobFn = fn(&Flow, &str);
+
+/// The distance of a job's function from `anchor`: the same in every process of the binary.
+pub(crate) fn entry_offset(job: JobFn) -> isize {
+    (job as usize).wrapping_sub(anchor as *const () as usize).cast_signed()
+}
+
+fn anchor() {}
+
+/// The job's function behind an offset.
+pub(crate) fn job_at(entry: isize) -> JobFn {
+    let address = (anchor as *const () as usize).wrapping_add_signed(entry);
+    // SAFETY: the offset was made by `entry_offset` in the process that spawned this one from the same executable
+    // (/proc/self/exe), so it leads to a function of that type.
+    unsafe { std::mem::transmute::<usize, JobFn>(address) }
+}
+
+/// Runs this process as a worker and exits.
+pub(crate) fn run(role: Role, build: impl FnOnce(&Flow, &str)) -> ! {
+    let code = match work(role, build) {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("testudo-w{}: {error}", role.worker);
+            EXIT_ATTACH
+        }
+    };
+    std::process::exit(code)
+}
+
+fn work(role: Role, build: impl FnOnce(&Flow, &str)) -> Result<(), Error> {
+    settle(role.worker);
+    crate::testing::arm(role.worker, role.life);
+    // SAFETY: the supervisor left this descriptor open for us; nothing else in this process knows it.
+    let control = unsafe { OwnedFd::from_raw_fd(role.control_fd) };
+    let (description, control) = Description::read(control, role.control_bytes)?;
+    if description.supervisor != std::os::unix::process::parent_id() {
+        return Err(Error::Machine("the supervisor is gone".into()));
+    }
+    let settings = Rc::new(description.settings.clone());
+    let flow = Flow::with_surveys(Rc::clone(&settings), description.surveys.clone());
+    build(&flow, &description.parameters);
+    let (worker, stages) = Attach::worker(role, &description, control, &flow)?;
+    step::run(worker, stages)
+}
+
+/// Makes this process what a worker should be: named, deaf to the terminal's signals, and gone with its parent.
+fn settle(worker: usize) {
+    let name = std::ffi::CString::new(format!("testudo-w{worker}")).unwrap_or_default();
+    // SAFETY: plain system calls; name outlives them.
+    unsafe {
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            libc::signal(signal, libc::SIG_IGN);
+        }
+    }
+}

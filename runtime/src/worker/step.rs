@@ -1,0 +1,166 @@
+//! The step loop. One step is one transaction; this file is its protocol.
+//!
+//! ```text
+//! 1  tails of all input rings, then the control word (R5)
+//! 2  stages, the last ones first, so that a full ring behind never keeps what is before it from draining (R7)
+//! 3  save: files to their offsets (R13), positions to their cells
+//! 4  commit: one store (R11)
+//! 5  publish tails, then heads; wake who sleeps (R8)
+//! ```
+//!
+//! A process that dies before 4 leaves a step that its successor rolls back; after 4, one that the successor publishes
+//! again. Every number above is a kill point of the tests.
+//!
+//! Called by `entry`.
+
+use super::StageRef;
+use super::attach::Worker;
+use super::entry::EXIT_FAILED;
+use super::idle::{Waiter, wake_sleepers};
+use crate::config::Idle;
+use crate::error::Error;
+use crate::metrics;
+use crate::testing::{Point, point};
+use crate::time::now_ns;
+use testudo_shm::death;
+use testudo_shm::header::{WorkerState, control};
+use testudo_shm::primitive::Ordering;
+use testudo_shm::wait;
+
+/// Steps after which the worker pins itself: a successor does not share its first microseconds with the teardown of its
+/// predecessor, which still runs on that core.
+const STEPS_BEFORE_PINNING: u64 = 64;
+
+/// Runs steps until the job is over.
+pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error> {
+    metrics::set_panic_page(worker.last_words);
+    let own = worker.header.worker.load(Ordering::Relaxed) as usize;
+    let cores = worker.settings.cores.len().max(1);
+    let shares_core = worker.peers.len() > cores + 1;
+    let mut waiter = Waiter::new(worker.settings.idle, own, shares_core);
+    let mut touched = Vec::with_capacity(worker.peers.len());
+    let mut steps = 0u64;
+    loop {
+        let work = step(&mut worker, &stages, &mut touched);
+        if let Some(error) = worker.cx.failure.take() {
+            fail(&worker, &error);
+        }
+        steps += 1;
+        if steps == STEPS_BEFORE_PINNING {
+            pin(&worker);
+        }
+        if work > 0 {
+            waiter.reset();
+            continue;
+        }
+        if let Some(error) = worker.cx.ring_fault() {
+            fail(&worker, &error);
+        }
+        let word = worker.control.control.load(Ordering::Acquire);
+        if word & control::LEAVE != 0 {
+            death::release(worker.header);
+            return Ok(());
+        }
+        if stages.iter().all(|stage| stage.borrow().is_done(&worker.cx)) {
+            finish(&worker);
+        }
+        let due = stages.iter().filter_map(|stage| stage.borrow().wake_ns()).min();
+        let (header, control) = (worker.header, worker.control);
+        let changed = || control.control.load(Ordering::Acquire) != word;
+        waiter.wait(&mut worker.cx, &worker.peers, &header.sleeping, worker.event, due, changed);
+    }
+}
+
+/// Takes one step. Returns what was done; 0 when there was nothing to do.
+#[inline]
+fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> usize {
+    point(Point::StepBegin);
+    let cx = &mut worker.cx;
+    for groups in &worker.groups {
+        groups.begin_step(&cx.txn);
+    }
+    cx.look();
+    // R5: the control word after the tails; nothing is loaded again within the step.
+    let word = worker.control.control.load(Ordering::Acquire);
+    cx.draining = word & control::DRAIN != 0;
+    cx.now_ns = now_ns();
+    let mut work = 0;
+    for stage in stages {
+        work += stage.borrow_mut().run(cx);
+        if cx.failure.is_some() {
+            return 1;
+        }
+    }
+    point(Point::Processed);
+    if work == 0 && cx.txn.logged() == 0 {
+        return 0;
+    }
+    for stage in stages {
+        stage.borrow_mut().save(cx);
+    }
+    if cx.failure.is_some() {
+        return 1;
+    }
+    point(Point::Saved);
+    cx.save_positions();
+    metrics::save_user_counters(cx, &worker.user_counters);
+    point(Point::BeforeCommit);
+    cx.txn.commit();
+    point(Point::Committed);
+    publish(worker, touched);
+    note_commit(worker, work);
+    work
+}
+
+/// Publishes what the step moved and wakes who waits for it.
+#[inline]
+fn publish(worker: &mut Worker, touched: &mut Vec<usize>) {
+    touched.clear();
+    worker.cx.publish(|peer| {
+        if !touched.contains(&peer) {
+            touched.push(peer);
+        }
+    });
+    point(Point::StepPublished);
+    // Even a spinning worker fences: the supervisor's ring thread sleeps in any case.
+    if !touched.is_empty() && (worker.settings.idle == Idle::Adaptive || worker.feeds_supervisor) {
+        wait::publish_fence();
+        wake_sleepers(&worker.peers, touched, &worker.header.bell);
+    }
+}
+
+/// Says in the header that a step was committed; a successor's first one ends its recovery.
+#[inline]
+fn note_commit(worker: &Worker, work: usize) {
+    let header = worker.header;
+    let now = worker.cx.now_ns;
+    metrics::note_gap(header, now);
+    header.watermark.store(worker.cx.watermark.cast_unsigned(), Ordering::Relaxed);
+    header.commit_ns.store(now, Ordering::Relaxed);
+    header.commits.store(header.commits.load(Ordering::Relaxed) + 1, Ordering::Release);
+    if work > 0 && header.first_commit_ns.load(Ordering::Relaxed) == 0 {
+        header.first_commit_ns.store(now_ns(), Ordering::Release);
+    }
+}
+
+/// All stages are done: tells the supervisor, once.
+fn finish(worker: &Worker) {
+    let state = &worker.header.state;
+    if state.load(Ordering::Relaxed) != WorkerState::Finished as u32 {
+        state.store(WorkerState::Finished as u32, Ordering::Release);
+        worker.notice();
+    }
+}
+
+/// Gives up: the reason becomes the last words, and the process leaves without committing.
+fn fail(worker: &Worker, error: &Error) -> ! {
+    worker.last_words.write(&error.to_string());
+    worker.header.state.store(WorkerState::Failed as u32, Ordering::Release);
+    std::process::exit(EXIT_FAILED)
+}
+
+fn pin(worker: &Worker) {
+    if let Some(core) = worker.core {
+        core_affinity::set_for_current(core_affinity::CoreId { id: core });
+    }
+}

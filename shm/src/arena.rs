@@ -1,0 +1,151 @@
+//! The arena: one reserved range of addresses in which a process maps all segments of its job, each at an
+//! offset that the plan fixed. An offset therefore names the same byte in every process of the job, and in every
+//! incarnation of a worker: the undo log needs no pointers and no segment table.
+//!
+//! Invariants:
+//! - what is not mapped is PROT_NONE: a stray access faults, it does not corrupt;
+//! - a ring's data is mapped twice in a row (`map_mirrored`), so any record is contiguous. Only the mirrored pair
+//!   is ever mapped for these bytes (rule R10: every access starts in the first half).
+//!
+//! Called by workers and the supervisor while attaching.
+
+use crate::fault::SetupError;
+use crate::segment::PAGE;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Whether this process is the one writer of a segment, or one of its readers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// The single writer (rule: one process may write a byte).
+    Owner,
+    /// A reader: the mapping faults on a store.
+    Peer,
+}
+
+/// A reserved address range with segments mapped into it.
+#[derive(Debug)]
+pub struct Arena {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the arena is a mapping, not tied to a thread; what may be accessed where is the segments' business.
+unsafe impl Send for Arena {}
+// SAFETY: as above; the methods that change mappings take &self but act on disjoint, page-aligned ranges.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Reserves `len` bytes of addresses (no memory).
+    ///
+    /// # Errors
+    /// When the address space is limited (RLIMIT_AS) below `len`.
+    pub fn reserve(len: usize) -> Result<Self, SetupError> {
+        let len = len.next_multiple_of(PAGE);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh anonymous PROT_NONE mapping touches nothing that exists.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(SetupError::last(format!("cannot reserve {len} bytes of address space")));
+        }
+        Ok(Self { base: base.cast(), len })
+    }
+
+    /// Address of offset 0.
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.base
+    }
+
+    /// Bytes reserved.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Address of `offset`.
+    ///
+    /// # Panics
+    /// When the offset lies outside the reservation: offsets come from our own plan.
+    #[must_use]
+    pub fn at(&self, offset: usize) -> *mut u8 {
+        assert!(offset < self.len, "offset {offset} outside the arena of {} bytes", self.len);
+        // SAFETY: the result stays inside the reservation.
+        unsafe { self.base.add(offset) }
+    }
+
+    /// Maps `len` bytes of a segment, from `from` on, at arena offset `at`. All three are whole pages.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mapping.
+    pub fn map(
+        &self,
+        fd: BorrowedFd<'_>,
+        from: usize,
+        len: usize,
+        at: usize,
+        access: Access,
+    ) -> Result<(), SetupError> {
+        assert!(at.is_multiple_of(PAGE) && len.is_multiple_of(PAGE) && from.is_multiple_of(PAGE));
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "mapping outside the arena");
+        let prot = match access {
+            Access::Owner => libc::PROT_READ | libc::PROT_WRITE,
+            Access::Peer => libc::PROT_READ,
+        };
+        let offset = libc::off_t::try_from(from)
+            .map_err(|_| SetupError::other("offset too large", std::io::ErrorKind::InvalidInput))?;
+        // SAFETY: [at, at + len) lies in our own reservation (checked above); MAP_FIXED replaces only that.
+        let got = unsafe {
+            libc::mmap(
+                self.base.add(at).cast(),
+                len,
+                prot,
+                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                fd.as_raw_fd(),
+                offset,
+            )
+        };
+        if got == libc::MAP_FAILED {
+            return Err(SetupError::last(format!("cannot map {len} bytes at arena offset {at}")));
+        }
+        // Core files of a crashed worker need not carry its state.
+        // SAFETY: advice on a mapping that was just made.
+        unsafe { libc::madvise(got, len, libc::MADV_DONTDUMP) };
+        Ok(())
+    }
+
+    /// Maps `len` bytes twice in a row, so that an access that starts in the first half may run over its end.
+    ///
+    /// # Errors
+    /// When the kernel refuses a mapping.
+    pub fn map_mirrored(
+        &self,
+        fd: BorrowedFd<'_>,
+        from: usize,
+        len: usize,
+        at: usize,
+        access: Access,
+    ) -> Result<(), SetupError> {
+        self.map(fd, from, len, at, access)?;
+        self.map(fd, from, len, at + len, access)
+    }
+
+    /// Asks for huge pages on a mapped range. Without effect where the system does not give them for shared memory.
+    pub fn advise_huge(&self, at: usize, len: usize) {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: advice on our own reservation.
+        unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_HUGEPAGE) };
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the range was reserved by `reserve` and is unmapped exactly once.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}

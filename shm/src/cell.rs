@@ -1,0 +1,140 @@
+//! Cells: named places in a worker's segment for everything that must survive it: positions, offsets, watermarks,
+//! counters, cursors. Private truth: what peers read is published from them after commit.
+//!
+//! The directory is found by name, so a successor (or a new binary) finds its cells whatever order it asks in.
+//!
+//! Invariants:
+//! - the directory's layout is version-stable (R22) and only grows; an entry is complete before the count includes it,
+//!   and all of it goes through the transaction;
+//! - a cell keeps the size that it was created with; asking with another size is an error, not a reinterpretation.
+//!
+//! Called while attaching; afterwards a cell is just a [`Place`].
+
+use crate::txn::{Place, Plain, Txn};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+const MAGIC: u64 = 0x7465_7374_6365_6c31;
+const ENTRIES: u64 = 1024;
+
+/// Bytes of the directory's head and entries, before the first cell.
+pub const DIRECTORY: u64 = 64 + ENTRIES * size_of::<Entry>() as u64;
+
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct Entry {
+    name: u64,
+    offset: u32,
+    bytes: u32,
+}
+
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable)]
+#[repr(C)]
+struct DirectoryHead {
+    magic: u64,
+    count: u32,
+    used: u32,
+}
+
+const _: () = assert!(size_of::<Entry>() == 16 && size_of::<DirectoryHead>() == 16);
+
+/// Why a cell could not be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CellError {
+    /// The area or the directory is full.
+    Full {
+        /// The cell asked for.
+        name: String,
+        /// Bytes of the area.
+        bytes: u64,
+    },
+    /// The cell exists with another size.
+    Size {
+        /// The cell asked for.
+        name: String,
+        /// Bytes that it has.
+        found: u32,
+        /// Bytes asked for.
+        wanted: u32,
+    },
+    /// The area holds something else.
+    Damaged,
+}
+
+impl std::fmt::Display for CellError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full { name, bytes } => write!(f, "no room for cell {name} in {bytes} bytes"),
+            Self::Size { name, found, wanted } => {
+                write!(f, "cell {name} has {found} bytes, this program wants {wanted}")
+            }
+            Self::Damaged => write!(f, "the cell directory is damaged"),
+        }
+    }
+}
+
+impl std::error::Error for CellError {}
+
+/// The directory of one worker's cells.
+#[derive(Debug, Clone, Copy)]
+pub struct Cells {
+    at: u64,
+    len: u64,
+}
+
+impl Cells {
+    /// Opens the directory at arena offset `at`, making an empty one in zeroed memory.
+    ///
+    /// # Errors
+    /// [`CellError::Damaged`] when something else is there.
+    pub fn open(txn: &mut Txn, at: u64, len: u64) -> Result<Self, CellError> {
+        let cells = Self { at, len };
+        let head = txn.get(cells.head(txn));
+        match head.magic {
+            MAGIC if u64::from(head.used) <= len && u64::from(head.count) <= ENTRIES => Ok(cells),
+            0 => {
+                let head = DirectoryHead { magic: MAGIC, count: 0, used: DIRECTORY as u32 };
+                txn.set(cells.head(txn), head);
+                Ok(cells)
+            }
+            _ => Err(CellError::Damaged),
+        }
+    }
+
+    fn head(self, txn: &Txn) -> Place<DirectoryHead> {
+        txn.place(self.at)
+    }
+
+    fn entry(self, txn: &Txn, index: u32) -> Place<Entry> {
+        txn.place(self.at + 64 + u64::from(index) * size_of::<Entry>() as u64)
+    }
+
+    /// Finds the cell called `name`, or creates it with `initial`.
+    ///
+    /// # Errors
+    /// When it has another size, or there is no room.
+    pub fn cell<T: Plain>(self, txn: &mut Txn, name: &str, initial: T) -> Result<Place<T>, CellError> {
+        let hash = crate::hash::name_hash(name);
+        let bytes = size_of::<T>() as u32;
+        let head = txn.get(self.head(txn));
+        for index in 0..head.count {
+            let entry = txn.get(self.entry(txn, index));
+            if entry.name == hash {
+                if entry.bytes != bytes {
+                    return Err(CellError::Size { name: name.into(), found: entry.bytes, wanted: bytes });
+                }
+                return Ok(txn.place(self.at + u64::from(entry.offset)));
+            }
+        }
+        let used = u64::from(head.used) + u64::from(bytes.next_multiple_of(8));
+        if used > self.len || u64::from(head.count) == ENTRIES {
+            return Err(CellError::Full { name: name.into(), bytes: self.len });
+        }
+        let place = txn.place(self.at + u64::from(head.used));
+        txn.set(place, initial);
+        txn.set(self.entry(txn, head.count), Entry { name: hash, offset: head.used, bytes });
+        let head = DirectoryHead { count: head.count + 1, used: used as u32, ..head };
+        txn.set(self.head(txn), head);
+        Ok(place)
+    }
+}

@@ -1,0 +1,179 @@
+//! The consuming end of a ring: look at the tail once, take frames in place, release them.
+//!
+//! Invariants:
+//! - the tail is loaded once per step into a private copy (R5), checked, and only the copy is used (R9);
+//! - a frame is checked before its payload is given out, in one pass that ends: no frame is shorter than its head;
+//! - the first fault latches: a poisoned ring gives nothing more and costs nothing;
+//! - payload borrows end before the head is published, since they borrow the consumer.
+//!
+//! The concurrent scribbler is excluded: a peer that changes bytes *after* they were checked breaks the protocol, which
+//! the MMU cannot prevent in its own segment. Plain records stay memory-safe even then (any bit pattern is valid).
+//!
+//! Called by a stage's inlet and by the supervisor's stdout.
+
+use crate::cursor;
+use crate::fault::Fault;
+use crate::frame::{HEAD, Head, Kind, Mark};
+use crate::primitive::{AtomicU64, Ordering};
+use crate::ring::RingParts;
+use std::ptr::NonNull;
+use zerocopy::FromBytes;
+
+/// The consuming end of one ring.
+#[derive(Debug)]
+pub struct Consumer {
+    parts: RingParts,
+    head: u64,
+    tail_seen: u64,
+    published: u64,
+    fault: Option<Fault>,
+}
+
+// SAFETY: the pointers lead into shared mappings that live as long as the process; one thread uses a consumer at a time.
+unsafe impl Send for Consumer {}
+
+/// A frame at the head of a ring.
+#[derive(Debug, Clone, Copy)]
+pub enum Frame<'a> {
+    /// `count` records in `bytes`.
+    Data {
+        /// Records, unchecked but for their frame.
+        bytes: &'a [u8],
+        /// How many there must be.
+        count: usize,
+    },
+    /// A mark.
+    Mark(Mark),
+    /// The producer is done.
+    End,
+}
+
+impl Consumer {
+    /// Takes the consuming end at `head` (0 for a new ring, the cell's value after a crash).
+    ///
+    /// # Safety
+    /// The parts are mapped as long as `self` lives, the head word writable; no other live consumer takes this ring.
+    #[must_use]
+    pub unsafe fn attach(parts: RingParts, head: u64) -> Self {
+        Self { parts, head, tail_seen: head, published: head, fault: None }
+    }
+
+    fn word(&self, at: NonNull<AtomicU64>) -> &AtomicU64 {
+        // SAFETY: `attach` promised that the words stay mapped.
+        unsafe { at.as_ref() }
+    }
+
+    /// Position of the next frame: what the step's cell must say at commit.
+    #[inline(always)]
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.head
+    }
+
+    /// What was found wrong with this ring, once anything was.
+    #[must_use]
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault
+    }
+
+    /// Latches a fault that was found in a payload.
+    pub fn quarantine(&mut self, fault: Fault) {
+        self.fault.get_or_insert(fault);
+        self.tail_seen = self.head;
+    }
+
+    /// Loads the producer's tail: true when there is something to take. Once per step, before the control word (R5).
+    #[inline(always)]
+    pub fn look(&mut self) -> bool {
+        if self.fault.is_some() {
+            return false;
+        }
+        // SYNC ring-tail: pairs with the release store in Producer::publish; bytes before it are readable.
+        let tail = self.word(self.parts.tail).load(Ordering::Acquire);
+        let seen = self.tail_seen;
+        let sound = cursor::distance(tail, self.head, self.parts.capacity)
+            .and_then(|_| cursor::between(seen, self.head, tail, self.parts.capacity));
+        match sound {
+            Ok(_) => self.tail_seen = tail,
+            Err(_) => {
+                let capacity = self.parts.capacity;
+                self.quarantine(Fault::Position { found: tail, own: seen, capacity });
+            }
+        }
+        self.tail_seen != self.head
+    }
+
+    /// Published bytes not yet taken, as of the last look.
+    #[inline(always)]
+    #[must_use]
+    pub fn backlog(&self) -> u64 {
+        self.tail_seen - self.head
+    }
+
+    /// The frame at the head, skipping pads; `None` when everything looked at is taken (or the ring is quarantined).
+    #[inline(always)]
+    pub fn frame(&mut self) -> Option<Frame<'_>> {
+        loop {
+            if self.tail_seen == self.head {
+                return None;
+            }
+            let head = match self.checked_head() {
+                Ok(head) => head,
+                Err(fault) => {
+                    self.quarantine(fault);
+                    return None;
+                }
+            };
+            let at = (self.head + HEAD) & (self.parts.capacity - 1);
+            // SAFETY: the check says that bytes..tail are published and at most a capacity long: contiguous through
+            // the mirror, and not written again before the head passes them.
+            let bytes = unsafe {
+                std::slice::from_raw_parts(self.parts.data.as_ptr().add(at as usize), head.bytes as usize)
+            };
+            match head.kind {
+                Kind::Pad => self.head += HEAD + head.bytes,
+                Kind::Data => return Some(Frame::Data { bytes, count: head.count as usize }),
+                Kind::End => return Some(Frame::End),
+                Kind::Mark => match Mark::read_from_bytes(bytes) {
+                    Ok(mark) => return Some(Frame::Mark(mark)),
+                    Err(_) => return None,
+                },
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn checked_head(&self) -> Result<Head, Fault> {
+        let at = self.head & (self.parts.capacity - 1);
+        // SAFETY: masked, 8-aligned, inside the mirrored data; published bytes are no longer written by the producer.
+        let word = unsafe { self.parts.data.as_ptr().add(at as usize).cast::<u64>().read() };
+        Head::check(word, self.head, self.tail_seen - self.head)
+    }
+
+    /// Takes the frame at the head: it must be released by `publish` before the producer reuses it.
+    #[inline(always)]
+    pub fn take(&mut self) {
+        if self.tail_seen == self.head {
+            return;
+        }
+        match self.checked_head() {
+            Ok(head) => self.head += HEAD + head.bytes,
+            Err(fault) => self.quarantine(fault),
+        }
+    }
+
+    /// Gives everything before `position` back to the producer. Only after the step has committed.
+    #[inline(always)]
+    pub fn publish(&mut self) {
+        // SYNC ring-head: pairs with the acquire load in Producer::refresh; we no longer read before it.
+        self.word(self.parts.head).store(self.head, Ordering::Release);
+        self.published = self.head;
+    }
+
+    /// True when something was taken since the last publish.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_unpublished(&self) -> bool {
+        self.published != self.head
+    }
+}

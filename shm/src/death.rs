@@ -1,0 +1,129 @@
+//! Death is a word: robust futexes that the kernel marks when the data thread dies, within microseconds and whatever
+//! the size of its memory; and the claim, by which exactly one successor takes the segment over (R1, R2).
+//!
+//! Invariants:
+//! - the list of robust words lies in private memory; only the words are shared, so no pointer is in a segment;
+//! - the claim is robust from the moment of the compare-and-swap on (`list_op_pending` covers the gap);
+//! - the kernel wakes one waiter for each word, so each waiter has a word of its own;
+//! - `set_robust_list` replaces the C library's list for this thread: no robust pthread mutex is used on it.
+//!
+//! Called by the worker while attaching, by the supervisor while watching, by producers that ask whether a peer lives.
+
+use crate::header::{DEATH_WORDS, LineWord, WorkerHeader};
+use crate::primitive::{AtomicU32, Ordering};
+
+const OWNER_DIED: u32 = 0x4000_0000;
+const WAITERS: u32 = 0x8000_0000;
+const TID_MASK: u32 = 0x3FFF_FFFF;
+const WORDS: usize = DEATH_WORDS + 1;
+
+/// Whether the process behind a death word has died.
+#[must_use]
+pub fn is_dead(word: &AtomicU32) -> bool {
+    word.load(Ordering::Acquire) & OWNER_DIED != 0
+}
+
+/// The thread that a word belongs to; 0 when nobody's.
+#[must_use]
+pub fn owner(word: &AtomicU32) -> u32 {
+    word.load(Ordering::Acquire) & TID_MASK
+}
+
+/// One node of the kernel's list, at the same stride as the shared words.
+#[repr(C, align(64))]
+struct Node {
+    next: *mut Node,
+}
+
+#[repr(C)]
+struct ListHead {
+    next: *mut Node,
+    futex_offset: libc::c_long,
+    pending: *mut Node,
+}
+
+/// Why a segment could not be claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClaimError {
+    /// Another process owns it: its thread id. The loser exits (R2).
+    Owned(u32),
+    /// The kernel has no robust futexes for this thread.
+    NotSupported,
+}
+
+impl std::fmt::Display for ClaimError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Owned(tid) => write!(f, "the segment is owned by live thread {tid}"),
+            Self::NotSupported => write!(f, "the kernel refused set_robust_list"),
+        }
+    }
+}
+
+impl std::error::Error for ClaimError {}
+
+/// Takes a worker's segment over: claims it, and from then on the calling thread's death marks all its words.
+/// `between` is called right after the compare-and-swap (a test's kill point).
+///
+/// # Errors
+/// When another process owns the segment or the kernel has no robust futexes.
+pub fn claim(header: &'static WorkerHeader, between: impl FnOnce()) -> Result<(), ClaimError> {
+    // SAFETY: gettid has no arguments and cannot fail.
+    let tid = unsafe { libc::gettid() } as u32;
+    // The list must outlive the thread's last instruction: it is leaked.
+    let nodes: &'static mut [Node; WORDS] =
+        Box::leak(Box::new(std::array::from_fn(|_| Node { next: std::ptr::null_mut() })));
+    let first = nodes.as_mut_ptr();
+    let first_word: *const LineWord = header.death.as_ptr();
+    let head: &'static mut ListHead = Box::leak(Box::new(ListHead {
+        next: std::ptr::null_mut(),
+        futex_offset: first_word.addr().wrapping_sub(first.addr()) as libc::c_long,
+        pending: first.wrapping_add(DEATH_WORDS),
+    }));
+    head.next = std::ptr::from_mut(head).cast();
+    let at = std::ptr::from_mut(head);
+    // SAFETY: the list is well formed (empty, pending the claim's node) and leaked.
+    let done = unsafe { libc::syscall(libc::SYS_set_robust_list, at, size_of::<ListHead>()) };
+    if done != 0 {
+        return Err(ClaimError::NotSupported);
+    }
+    let claim = &header.claim.word;
+    let now = claim.load(Ordering::Acquire);
+    let free = now == 0 || now & OWNER_DIED != 0;
+    let won = free
+        && claim.compare_exchange(now, tid | WAITERS, Ordering::AcqRel, Ordering::Acquire).is_ok();
+    if !won {
+        // SAFETY: the kernel reads this field at thread exit only.
+        unsafe { (&raw mut (*at).pending).write_volatile(std::ptr::null_mut()) };
+        return Err(ClaimError::Owned(claim.load(Ordering::Acquire) & TID_MASK));
+    }
+    between();
+    for word in &header.death {
+        word.word.store(tid | WAITERS, Ordering::Release);
+    }
+    for index in 0..WORDS {
+        let next = if index + 1 < WORDS { first.wrapping_add(index + 1) } else { at.cast() };
+        // SAFETY: index is inside the leaked array.
+        unsafe { (&raw mut (*first.add(index)).next).write_volatile(next) };
+    }
+    // SAFETY: as above: volatile, since only the kernel reads them.
+    unsafe {
+        (&raw mut (*at).next).write_volatile(first);
+        (&raw mut (*at).pending).write_volatile(std::ptr::null_mut());
+    }
+    Ok(())
+}
+
+/// Gives the segment up in good order, so that a waiter does not take the thread's exit for a death.
+pub fn release(header: &WorkerHeader) {
+    for word in &header.death {
+        word.word.store(0, Ordering::Release);
+    }
+    header.claim.word.store(0, Ordering::Release);
+}
+
+const _: () = assert!(size_of::<Node>() == size_of::<LineWord>());
+const _: () = assert!(
+    std::mem::offset_of!(WorkerHeader, claim)
+        == std::mem::offset_of!(WorkerHeader, death) + DEATH_WORDS * size_of::<LineWord>()
+);

@@ -1,0 +1,177 @@
+//! The first page of a worker's segment: who it is, whether it lives, what wakes it. Peers map it read-only.
+//!
+//! Invariants: `#[repr(C)]`, version-stable, checked before use; each group of words that another process polls stands
+//! on a line pair of its own; only the owner writes, but for the kernel, which marks the death words.
+//!
+//! Called by `death`, `wait`, the worker and the supervisor.
+
+use crate::primitive::{AtomicU32, AtomicU64};
+
+/// First word of a worker segment.
+pub const MAGIC: u64 = 0x7465_7374_7564_6f31;
+
+/// Version of every shared layout; a change is a new number.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// Waiters that can each have a death word: supervisor, standby, replica, and one to spare.
+pub const DEATH_WORDS: usize = 4;
+
+/// A 32-bit word alone on its cache line.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct LineWord {
+    /// The word.
+    pub word: AtomicU32,
+}
+
+/// What a worker is doing, in [`WorkerHeader::state`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum WorkerState {
+    /// Nobody has attached yet, or a successor is attaching.
+    Attaching = 0,
+    /// The step loop runs.
+    Running = 1,
+    /// All stages ended; waiting to be told to leave.
+    Finished = 2,
+    /// It gave up; the last words say why.
+    Failed = 3,
+}
+
+impl WorkerState {
+    /// The state behind a word; an unknown one reads as `Attaching`.
+    #[must_use]
+    pub fn of(word: u32) -> Self {
+        match word {
+            1 => Self::Running,
+            2 => Self::Finished,
+            3 => Self::Failed,
+            _ => Self::Attaching,
+        }
+    }
+}
+
+/// First page of a worker's segment.
+#[derive(Debug)]
+#[repr(C)]
+pub struct WorkerHeader {
+    /// [`MAGIC`].
+    pub magic: AtomicU64,
+    /// [`LAYOUT_VERSION`].
+    pub version: AtomicU32,
+    /// Index of the worker in the job.
+    pub worker: AtomicU32,
+    /// Hash of the plan that this worker was attached with.
+    pub plan: AtomicU64,
+    /// Life of the worker: 1 for the first process.
+    pub incarnation: AtomicU64,
+    /// Process id, in its own namespace.
+    pub pid: AtomicU32,
+    /// A [`WorkerState`].
+    pub state: AtomicU32,
+    reserved: [u64; 3],
+    reserved_line: [u64; 8],
+    /// Bumped and woken when something was published for a sleeper.
+    pub bell: AtomicU32,
+    bell_line: [u32; 31],
+    /// Not zero while this worker sleeps or is about to.
+    pub sleeping: AtomicU32,
+    sleeping_line: [u32; 31],
+    /// Steps committed by all incarnations that processed something.
+    pub commits: AtomicU64,
+    /// Monotonic clock at the last of them, nanoseconds.
+    pub commit_ns: AtomicU64,
+    /// Monotonic clock when this incarnation first committed a record, nanoseconds; 0 before.
+    pub first_commit_ns: AtomicU64,
+    /// Monotonic clock when this incarnation had attached, nanoseconds.
+    pub attached_ns: AtomicU64,
+    /// Undo entries rolled back by the last attach.
+    pub rolled_back: AtomicU64,
+    /// Lowest watermark that its stages have noted, milliseconds as a signed number; 0 before any.
+    pub watermark: AtomicU64,
+    commit_line: [u64; 10],
+    /// Robust futexes: the thread id while alive, OWNER_DIED afterwards; one for each waiter (R1).
+    pub death: [LineWord; DEATH_WORDS],
+    /// Robust as well: whose turn it is to own this segment (R2).
+    pub claim: LineWord,
+    /// Long pauses between commits that were noted, in all; the latest are in `gaps`.
+    pub gap_count: AtomicU64,
+    gap_line: [u64; 7],
+    /// The latest long pauses between commits.
+    pub gaps: [Gap; GAPS],
+}
+
+/// Long pauses kept in a header.
+pub const GAPS: usize = 64;
+
+/// A pause between two commits: both ends in nanoseconds of the monotonic clock.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Gap {
+    /// The commit before it.
+    pub from_ns: AtomicU64,
+    /// The commit that ended it.
+    pub to_ns: AtomicU64,
+}
+
+const _: () = {
+    assert!(std::mem::offset_of!(WorkerHeader, bell) == 128);
+    assert!(std::mem::offset_of!(WorkerHeader, sleeping) == 256);
+    assert!(std::mem::offset_of!(WorkerHeader, commits) == 384);
+    assert!(std::mem::offset_of!(WorkerHeader, death) == 512);
+    assert!(std::mem::offset_of!(WorkerHeader, claim) == 768);
+    assert!(size_of::<WorkerHeader>() <= 4096);
+};
+
+/// The first page of the control segment: the supervisor writes, all read.
+#[derive(Debug)]
+#[repr(C)]
+pub struct ControlHeader {
+    /// [`MAGIC`].
+    pub magic: AtomicU64,
+    /// [`LAYOUT_VERSION`].
+    pub version: AtomicU32,
+    /// Bytes of the job description that follows this page.
+    pub description_bytes: AtomicU32,
+    /// Hash of the plan.
+    pub plan: AtomicU64,
+    /// Process id of the supervisor.
+    pub supervisor: AtomicU32,
+    reserved: u32,
+    reserved_words: [u64; 12],
+    /// The control word: epoch and routing version (R5, R19), the drain and stop bits of [`control`].
+    pub control: AtomicU64,
+    control_line: [u64; 15],
+    /// Bumped and woken when the control word changed or the supervisor published something.
+    pub bell: AtomicU32,
+    bell_line: [u32; 31],
+    /// Not zero while the supervisor's ring thread sleeps.
+    pub sleeping: AtomicU32,
+    sleeping_line: [u32; 31],
+}
+
+const _: () = {
+    assert!(std::mem::offset_of!(ControlHeader, control) == 128);
+    assert!(std::mem::offset_of!(ControlHeader, bell) == 256);
+    assert!(std::mem::offset_of!(ControlHeader, sleeping) == 384);
+    assert!(size_of::<ControlHeader>() <= 4096);
+};
+
+/// Bits of the control word.
+pub mod control {
+    /// Sources stop, everything in flight is processed, then the job ends.
+    pub const DRAIN: u64 = 1 << 63;
+    /// All workers are finished and may leave.
+    pub const LEAVE: u64 = 1 << 62;
+}
+
+/// Views a page as a header.
+///
+/// # Safety
+/// `at` is the page-aligned start of a mapped page that stays mapped for `'static` (the arena is never unmapped while
+/// its process works), holding a `T` whose fields are all atomics or reserved words.
+#[must_use]
+pub unsafe fn at<T>(at: *mut u8) -> &'static T {
+    // SAFETY: promised by the caller.
+    unsafe { &*at.cast::<T>() }
+}

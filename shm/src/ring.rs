@@ -1,0 +1,53 @@
+//! A ring: where its three parts lie and who may write each.
+//!
+//! ```text
+//!   tail word    producer's segment    written by the producer, on a cache line pair of its own
+//!   head words   consumer's segments   one by the consumer, one (optional) by its replica
+//!   data         producer's segment    mapped twice in a row; the producer writes in [tail, lowest head + capacity)
+//! ```
+//!
+//! Invariants: one writer for each part; positions only grow; capacity is a power of two and a whole number of pages;
+//! geometry comes from the plan, never from shared memory. Either end may be a process that is no worker.
+//! Called by whoever attaches: workers and the supervisor.
+
+use crate::primitive::AtomicU64;
+use std::ptr::NonNull;
+
+/// Bytes between two published words: adjacent lines are prefetched in pairs.
+pub const WORD_STRIDE: usize = 128;
+
+/// One end's view of where a ring lies in its own address space.
+#[derive(Debug, Clone, Copy)]
+pub struct RingParts {
+    /// First byte of the mirrored data.
+    pub data: NonNull<u8>,
+    /// Bytes of data, a power of two.
+    pub capacity: u64,
+    /// The producer's published tail.
+    pub tail: NonNull<AtomicU64>,
+    /// The consumer's published head.
+    pub head: NonNull<AtomicU64>,
+    /// The head of the consumer's replica, where there is one: the producer respects the lower of the two.
+    pub replica_head: Option<NonNull<AtomicU64>>,
+}
+
+impl RingParts {
+    /// Finds the parts from their offsets.
+    ///
+    /// # Safety
+    /// All offsets lie in mapped parts of the arena that starts at `base`, words 8-aligned; `data` is mapped mirrored.
+    #[must_use]
+    pub unsafe fn at(base: *mut u8, data: usize, capacity: usize, tail: usize, head: usize) -> Self {
+        assert!(capacity.is_power_of_two() && capacity >= 4096, "ring capacity {capacity}");
+        // SAFETY: promised by the caller; none of the results is null inside a mapping.
+        unsafe {
+            Self {
+                data: NonNull::new_unchecked(base.add(data)),
+                capacity: capacity as u64,
+                tail: NonNull::new_unchecked(base.add(tail).cast()),
+                head: NonNull::new_unchecked(base.add(head).cast()),
+                replica_head: None,
+            }
+        }
+    }
+}

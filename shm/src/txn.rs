@@ -1,0 +1,303 @@
+//! The transaction: one undo log per worker, through which every change of shared state goes.
+//!
+//! A step writes old bytes to the log, then bumps the log's length, then stores the new bytes. Commit is one store:
+//! length 0. After a process crash all retired stores are in memory, so program order is all that is needed, and no
+//! cache flush: the successor walks the log backwards and puts the old bytes back.
+//!
+//! Invariants (rule R11):
+//! - the length is an atomic with compiler fences on *both* sides of each bump and of the commit, because a release
+//!   store does not keep later stores from moving up;
+//! - rollback never consumes the log: it restores, then zeroes the length last; a crash in it just repeats it;
+//! - only the length commits, however long the log has become;
+//! - an entry can be walked from its end: `[old bytes, padded to 8][offset << 16 | bytes]`.
+//!
+//! Every write to state passes `log` (undone on rollback) or `fresh` (to memory that nothing committed refers to):
+//! these two are the hook at which checkpoints learn what changed.
+//!
+//! Called by `cell`, by the tables of the state crate and by the worker's step.
+
+use crate::primitive::{AtomicU64, Ordering, compiler_fence};
+use std::ptr::NonNull;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Longest old value in one entry; longer ones take several entries.
+const ENTRY_BYTES_MAX: usize = 0xFF00;
+
+/// What may live in a cell or a table slot by value: any bit pattern valid, no padding.
+pub trait Plain: FromBytes + IntoBytes + Immutable + Copy + 'static {}
+impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Plain for T {}
+
+/// The undo log of one worker, as its owner sees it.
+///
+/// ```
+/// use testudo_shm::txn::Txn;
+/// let mut memory = vec![0u64; 1024];
+/// let mut txn = Txn::on_heap(memory.as_mut_slice(), 512);
+/// let place = txn.place::<u64>(8);
+/// txn.set(place, 7);
+/// txn.commit();
+/// txn.set(place, 8);
+/// txn.roll_back();
+/// assert_eq!(txn.get(place), 7);
+/// ```
+#[derive(Debug)]
+pub struct Txn {
+    base: NonNull<u8>,
+    root: NonNull<AtomicU64>,
+    entries: NonNull<u8>,
+    len: u64,
+    soft_limit: u64,
+    capacity: u64,
+    arena_len: u64,
+}
+
+/// The place of a `T` in the arena.
+#[derive(Debug)]
+pub struct Place<T> {
+    offset: u64,
+    of: std::marker::PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for Place<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Place<T> {}
+
+impl<T> Place<T> {
+    /// Offset in the arena, in bytes.
+    #[must_use]
+    pub fn offset(self) -> u64 {
+        self.offset
+    }
+}
+
+impl Txn {
+    /// A transaction on `base..base + arena_len` whose log is at `log`: 64 bytes of root, then the entries.
+    ///
+    /// # Safety
+    /// `log..log + log_len` is mapped writable by this process alone, 8-aligned, and lives as long as `self`; every
+    /// pointer later given to `log`, `set` and the like lies in `base..base + arena_len`.
+    #[must_use]
+    pub unsafe fn attach(base: *mut u8, arena_len: usize, log: *mut u8, log_len: usize, soft_limit: usize) -> Self {
+        assert!(log_len > 64 && log.addr().is_multiple_of(8), "a log has a root line and room for entries");
+        // SAFETY: the caller promises that log..log + log_len is ours.
+        let (root, entries) = unsafe {
+            (NonNull::new_unchecked(log.cast::<AtomicU64>()), NonNull::new_unchecked(log.add(64)))
+        };
+        // SAFETY: base is the start of a mapping, never null.
+        let base = unsafe { NonNull::new_unchecked(base) };
+        let mut txn = Self {
+            base,
+            root,
+            entries,
+            len: 0,
+            soft_limit: soft_limit as u64,
+            capacity: (log_len - 64) as u64,
+            arena_len: arena_len as u64,
+        };
+        txn.len = txn.root().load(Ordering::Acquire).min(txn.capacity);
+        txn
+    }
+
+    /// A transaction over ordinary memory, for tests and examples: the first `log_words` words hold the log.
+    #[must_use]
+    pub fn on_heap(memory: &mut [u64], log_words: usize) -> Self {
+        let len = std::mem::size_of_val(memory);
+        let base = memory.as_mut_ptr().cast::<u8>();
+        assert!(log_words * 8 < len);
+        // SAFETY: the slice is exclusively borrowed now; tests keep it alive and untouched as long as the result.
+        unsafe { Self::attach(base, len, base, log_words * 8, log_words * 4) }
+    }
+
+    fn root(&self) -> &AtomicU64 {
+        // SAFETY: root points into the log, which the creator promised to outlive self.
+        unsafe { self.root.as_ref() }
+    }
+
+    /// Address of arena offset 0.
+    #[inline(always)]
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    /// Bytes in the log of the open transaction.
+    #[inline(always)]
+    #[must_use]
+    pub fn logged(&self) -> u64 {
+        self.len
+    }
+
+    /// True when the step should end at the next record boundary: three quarters of the log's normal size are used.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_nearly_full(&self) -> bool {
+        self.len > self.soft_limit - self.soft_limit / 4
+    }
+
+    /// The place of a `T` at an arena offset.
+    ///
+    /// # Panics
+    /// When it would lie outside the arena or be misaligned: offsets come from our own plan.
+    #[must_use]
+    pub fn place<T: Plain>(&self, offset: u64) -> Place<T> {
+        let end = offset.checked_add(size_of::<T>() as u64);
+        assert!(end.is_some_and(|end| end <= self.arena_len), "place {offset} outside the arena");
+        assert!((self.base.addr().get() as u64 + offset).is_multiple_of(align_of::<T>() as u64));
+        Place { offset, of: std::marker::PhantomData }
+    }
+
+    /// Reads a place.
+    #[inline(always)]
+    #[must_use]
+    pub fn get<T: Plain>(&self, place: Place<T>) -> T {
+        // SAFETY: `place` checked bounds and alignment; this process is the only writer, so no store races.
+        unsafe { self.base.as_ptr().add(place.offset as usize).cast::<T>().read() }
+    }
+
+    /// Logs the old value of a place, then stores the new one.
+    #[inline(always)]
+    pub fn set<T: Plain>(&mut self, place: Place<T>, new: T) {
+        // SAFETY: `place` checked bounds and alignment against the arena.
+        unsafe { self.store(self.base.as_ptr().add(place.offset as usize).cast::<T>(), new) };
+    }
+
+    /// Logs the old value at `at`, then stores the new one.
+    ///
+    /// # Safety
+    /// `at` is aligned, inside the arena, and mapped writable by this process.
+    #[inline(always)]
+    pub unsafe fn store<T: Plain>(&mut self, at: *mut T, new: T) {
+        // SAFETY: passed on.
+        unsafe {
+            self.log(at.cast(), size_of::<T>());
+            at.write(new);
+        }
+    }
+
+    /// Logs `bytes` old bytes at `at`; afterwards the caller may change them in place until commit.
+    ///
+    /// # Safety
+    /// `at..at + bytes` is inside the arena and mapped writable by this process.
+    #[inline(always)]
+    pub unsafe fn log(&mut self, at: *mut u8, bytes: usize) {
+        if bytes <= ENTRY_BYTES_MAX {
+            // SAFETY: passed on.
+            unsafe { self.log_entry(at, bytes) };
+        } else {
+            // SAFETY: passed on.
+            unsafe { self.log_long(at, bytes) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn log_entry(&mut self, at: *mut u8, bytes: usize) {
+        let padded = (bytes + 7) & !7;
+        let next = self.len + padded as u64 + 8;
+        if next > self.capacity {
+            self.overflow(next);
+        }
+        let offset = at.addr() as u64 - self.base.addr().get() as u64;
+        // SAFETY: next <= capacity, so the entry lies inside the log; `at` is valid by the caller's promise.
+        unsafe {
+            let entry = self.entries.as_ptr().add(self.len as usize);
+            std::ptr::copy_nonoverlapping(at, entry, bytes);
+            entry.add(padded).cast::<u64>().write((offset << 16) | bytes as u64);
+        }
+        self.len = next;
+        compiler_fence(Ordering::SeqCst);
+        self.root().store(next, Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    #[cold]
+    unsafe fn log_long(&mut self, at: *mut u8, bytes: usize) {
+        let mut done = 0;
+        while done < bytes {
+            let part = (bytes - done).min(ENTRY_BYTES_MAX);
+            // SAFETY: part of the range that the caller vouches for.
+            unsafe { self.log_entry(at.add(done), part) };
+            done += part;
+        }
+    }
+
+    /// Says that memory which nothing committed refers to is about to be written: no undo is needed (rule R12 keeps
+    /// freed memory out of here until its freeing is committed).
+    ///
+    /// # Safety
+    /// `at..at + bytes` is inside the arena and mapped writable by this process.
+    #[inline(always)]
+    pub unsafe fn fresh(&mut self, at: *mut u8, bytes: usize) {
+        let _ = (at, bytes);
+    }
+
+    #[cold]
+    fn overflow(&self, need: u64) -> ! {
+        // No unwinding: a half-done step must never be committed by a destructor (R11).
+        eprintln!(
+            "testudo: one record changed more state than the undo log holds ({need} bytes, limit {}); \
+             split the change over several records",
+            self.capacity
+        );
+        std::process::abort();
+    }
+
+    /// Ends the transaction: everything since the last commit stays. One store.
+    #[inline(always)]
+    pub fn commit(&mut self) {
+        compiler_fence(Ordering::SeqCst);
+        self.root().store(0, Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
+        self.len = 0;
+    }
+
+    /// Puts back everything since the last commit, newest first, then empties the log. Idempotent: a crash anywhere in
+    /// here leaves a log that can be rolled back again.
+    ///
+    /// Returns the number of entries undone. An entry that points outside the arena (the memory was damaged by what
+    /// killed the process) ends the walk with `Err` and leaves the log as it is.
+    ///
+    /// # Errors
+    /// The offending header word.
+    pub fn roll_back(&mut self) -> Result<u64, u64> {
+        self.roll_back_with(|| {})
+    }
+
+    /// As [`Txn::roll_back`], calling `between` after each entry (a test's kill point).
+    ///
+    /// # Errors
+    /// The offending header word.
+    pub fn roll_back_with(&mut self, mut between: impl FnMut()) -> Result<u64, u64> {
+        let mut at = self.root().load(Ordering::Acquire);
+        if at > self.capacity || !at.is_multiple_of(8) {
+            return Err(at);
+        }
+        let mut undone = 0;
+        while at > 0 {
+            // SAFETY: 8 <= at <= capacity, and `at` is the end of an entry, where its header word stands.
+            let head = unsafe { self.entries.as_ptr().add(at as usize - 8).cast::<u64>().read() };
+            let (offset, bytes) = (head >> 16, head & 0xFFFF);
+            let padded = (bytes + 7) & !7;
+            if offset + bytes > self.arena_len || padded + 8 > at {
+                return Err(head);
+            }
+            // SAFETY: both ranges were checked; the entry was made from a writable range of this worker.
+            unsafe {
+                let old = self.entries.as_ptr().add((at - 8 - padded) as usize);
+                let place = self.base.as_ptr().add(offset as usize);
+                std::ptr::copy_nonoverlapping(old, place, bytes as usize);
+            }
+            at -= padded + 8;
+            undone += 1;
+            between();
+        }
+        compiler_fence(Ordering::SeqCst);
+        self.root().store(0, Ordering::Release);
+        compiler_fence(Ordering::SeqCst);
+        self.len = 0;
+        Ok(undone)
+    }
+}

@@ -1,0 +1,971 @@
+//! The transactional open-addressing table under every keyed structure: linear probing, no
+//! tombstones, incremental growth. Works on key bytes; `table`, `map`, `slice` and `timer` give it
+//! types.
+//!
+//! A slot is `{key, value}`. A plain key stands in the slot, and all zeros mean that the slot is
+//! empty; the key whose bytes really are all zero has a slot of its own behind the table's header.
+//! An archived key stands in a heap block `{bytes: u64, prefix, key}`, and its slot begins with
+//! `{hash | 1, block}`.
+//!
+//! Invariants:
+//! - **one place**: a key is in exactly one of: the table, the unmoved part of the table that it
+//!   grows out of, the zero slot;
+//! - **growth**: the old slots are moved in order, beginning at an empty one and stopping after an
+//!   empty one, so runs are moved whole: a key whose home lies in the part already moved can only
+//!   be in the new table. The old table only shrinks. Each insert, and each update that meets the
+//!   old table, moves at least `MOVED_AT_ONCE` slots;
+//! - **undo**: filling an empty slot logs its key alone, since an empty slot's value means nothing;
+//!   emptying one logs all of it, since the slot may be filled again in the same step;
+//! - the descriptors are caches of the headers: a new process builds them with `reload`;
+//! - a group without a table (not held, or no key yet) has a descriptor of one empty slot, so that
+//!   lookups need no case for it.
+//!
+//! The pointers here are checked by construction, not at each use: slot index ≤ mask, and the
+//! arrays have mask + 1.
+
+use crate::error::StateError;
+use crate::group::{Opened, Shared};
+use crate::key::KeyHash;
+use crate::raw::Seg;
+use std::marker::PhantomData;
+use std::mem::offset_of;
+use std::ops::ControlFlow;
+use std::rc::Rc;
+use testudo_shm::hash::key_hash;
+use testudo_shm::primitive;
+use testudo_shm::txn::Txn;
+
+const CAPACITY_MIN: u64 = 16;
+/// Old slots moved per insert while growing: growth ends after a sixteenth of the old capacity in
+/// inserts.
+const MOVED_AT_ONCE: u64 = 16;
+/// Slots examined by one call of `scan`, per entry asked for.
+const SCANNED_PER_ENTRY: u64 = 64;
+/// Slots passed without a branch; one more is then looked at.
+const GLANCED: usize = 2;
+const KEY_BYTES_MAX: usize = 4096;
+
+/// What every group without a table points to: one empty slot.
+static NOTHING: [u64; KEY_BYTES_MAX / 8] = [0; KEY_BYTES_MAX / 8];
+
+/// Form of a table's slots.
+pub(crate) trait Shape: 'static {
+    /// Bytes of a plain key; `None` puts keys into heap blocks.
+    const KEY: Option<usize>;
+    /// Alignment of a plain key.
+    const KEY_ALIGN: usize;
+    /// Bytes of the value in a slot.
+    const VALUE: usize;
+    /// Alignment of the value.
+    const VALUE_ALIGN: usize;
+    /// Bytes that the structure keeps in a key block, before the key.
+    const PREFIX: usize;
+    /// The slot's value is a `Cell` that owns a heap block.
+    const VALUE_IN_HEAP: bool;
+    /// A `Cell` at this offset of the prefix owns a heap block.
+    const PREFIX_IN_HEAP: Option<usize>;
+
+    /// Bytes of a key in a slot.
+    const KEY_BYTES: usize = match Self::KEY {
+        Some(bytes) => {
+            assert!(bytes <= KEY_BYTES_MAX, "a plain key has at most 4096 bytes");
+            bytes
+        }
+        None => 16,
+    };
+    /// Offset of the value in a slot.
+    const VALUE_AT: usize = Self::KEY_BYTES.next_multiple_of(Self::VALUE_ALIGN);
+    /// Bytes of a slot.
+    const SLOT: usize = {
+        let key_align = if Self::KEY.is_some() { Self::KEY_ALIGN } else { 8 };
+        let align = if key_align > Self::VALUE_ALIGN { key_align } else { Self::VALUE_ALIGN };
+        let bytes = (Self::VALUE_AT + Self::VALUE).next_multiple_of(align);
+        if bytes == 0 { 1 } else { bytes }
+    };
+    /// Heap blocks hang off the slots, so a table cannot be dropped by freeing its array alone.
+    const HAS_BLOCKS: bool =
+        Self::KEY.is_none() || Self::VALUE_IN_HEAP || Self::PREFIX_IN_HEAP.is_some();
+    /// The line of the byte this far behind the home is asked for too: the key often lies in the
+    /// next slots, and a quarter of the homes end a line.
+    const PREFETCHED_TO: usize =
+        if Self::SLOT * (GLANCED + 1) < 64 { Self::SLOT * (GLANCED + 1) } else { 64 };
+    /// Offset of the key's bytes in a key block.
+    const KEY_IN_BLOCK: u64 = 8 + Self::PREFIX as u64;
+}
+
+/// Where a variable-length value lies.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Cell {
+    pub(crate) at: u64,
+    pub(crate) bytes: u32,
+    pub(crate) room: u32,
+}
+
+const _: () = assert!(size_of::<Cell>() == 16);
+
+impl Cell {
+    pub(crate) fn words(self) -> [u64; 2] {
+        [self.at, u64::from(self.room) << 32 | u64::from(self.bytes)]
+    }
+
+    pub(crate) fn of([at, both]: [u64; 2]) -> Self {
+        Self { at, bytes: both as u32, room: (both >> 32) as u32 }
+    }
+}
+
+/// A table's header in the segment; the zero slot follows it. Never instantiated: it gives the
+/// offsets.
+#[repr(C)]
+struct Header {
+    slots: u64,
+    capacity: u64,
+    old: u64,
+    old_capacity: u64,
+    start: u64,
+    moved: u64,
+    len: u64,
+    zero_used: u64,
+    /// Next discarded table of the same state.
+    next: u64,
+    /// How many slots of a discarded table were swept.
+    swept: u64,
+}
+
+const HEADER: u64 = size_of::<Header>() as u64;
+const _: () = assert!(HEADER == 80);
+
+/// What a process remembers of a group's table: all that a lookup needs, in one cache line.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct Desc {
+    slots: *mut u8,
+    mask: u64,
+    /// The table that this one grows out of, or null.
+    old: *mut u8,
+    old_mask: u64,
+    start: u32,
+    moved: u32,
+    len: u64,
+    base: *mut u8,
+    /// Offset of the header; zero without a table.
+    header: u64,
+}
+
+const _: () = assert!(size_of::<Desc>() == 64);
+
+impl Desc {
+    fn nothing() -> Self {
+        Self {
+            slots: NOTHING.as_ptr().cast_mut().cast(),
+            mask: 0,
+            old: std::ptr::null_mut(),
+            old_mask: 0,
+            start: 0,
+            moved: 0,
+            len: 0,
+            base: std::ptr::null_mut(),
+            header: 0,
+        }
+    }
+}
+
+/// Who keeps the offset of a table's header.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Home {
+    /// A word of the named root.
+    Root(u64),
+    /// The slice directory: filled by `slice`.
+    Slice(i64),
+}
+
+/// What a lookup found.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Slot<'a> {
+    at: *mut u8,
+    of: PhantomData<&'a u8>,
+}
+
+/// Whether the bytes of a plain key are all zero, or a slot's tag is.
+#[inline(always)]
+unsafe fn is_zero<S: Shape>(at: *const u8) -> bool {
+    // SAFETY: the caller gives a slot or a key, both of KEY_BYTES readable bytes.
+    unsafe {
+        if S::KEY.is_none() || S::KEY_BYTES == 8 {
+            return at.cast::<u64>().read_unaligned() == 0;
+        }
+        let (words, rest) = (S::KEY_BYTES / 8, S::KEY_BYTES % 8);
+        let mut any = 0u64;
+        for word in 0..words {
+            any |= at.add(word * 8).cast::<u64>().read_unaligned();
+        }
+        for byte in 0..rest {
+            any |= u64::from(at.add(words * 8 + byte).read());
+        }
+        any == 0
+    }
+}
+
+/// First slot to look at, before masking. Archived keys lose the lowest bit of their hash to the
+/// tag.
+#[inline(always)]
+fn home<S: Shape>(hash: u64) -> u64 {
+    if S::KEY.is_some() { hash } else { hash >> 1 }
+}
+
+/// Whether a filled slot holds this key.
+#[inline(always)]
+unsafe fn holds<S: Shape>(slot: *const u8, base: *const u8, hash: u64, key: &[u8]) -> bool {
+    // SAFETY: `slot` is a slot; its block, if it has one, was written by `fill` and lies in the
+    // segment at `base`.
+    unsafe {
+        if S::KEY.is_some() {
+            let own = std::slice::from_raw_parts(slot, S::KEY_BYTES);
+            return own == std::slice::from_raw_parts(key.as_ptr(), S::KEY_BYTES);
+        }
+        slot.cast::<u64>().read() == hash | 1 && {
+            let block = base.add(slot.add(8).cast::<u64>().read() as usize);
+            let bytes = block.cast::<u64>().read() as usize;
+            std::slice::from_raw_parts(block.add(S::KEY_IN_BLOCK as usize), bytes) == key
+        }
+    }
+}
+
+/// As `probe`, for small plain keys: looks at the first slots without a branch between them, since
+/// a branch on how far a key lies from its home is mispredicted a third of the time. `None` says to
+/// `probe`.
+#[inline(always)]
+unsafe fn glance<S: Shape>(slots: *mut u8, mask: u64, hash: u64, key: &[u8]) -> Option<*mut u8> {
+    if S::KEY.is_none() || S::KEY_BYTES == 0 || S::KEY_BYTES > 16 {
+        return None;
+    }
+    // SAFETY: the index is masked; `key` has KEY_BYTES bytes. Empty slots hold zeros, which no key
+    // looked for here is.
+    unsafe {
+        let mut index = home::<S>(hash) & mask;
+        for _ in 0..GLANCED {
+            let slot = slots.add(index as usize * S::SLOT);
+            index = (index + u64::from(!holds::<S>(slot, slot, hash, key))) & mask;
+        }
+        let slot = slots.add(index as usize * S::SLOT);
+        let found = holds::<S>(slot, slot, hash, key) && !is_zero::<S>(key.as_ptr());
+        found.then_some(slot)
+    }
+}
+
+/// Walks from the key's home to its slot (true) or to the empty slot where it would go (false).
+#[inline(always)]
+unsafe fn probe<S: Shape>(
+    slots: *mut u8,
+    mask: u64,
+    base: *const u8,
+    hash: u64,
+    key: &[u8],
+) -> (*mut u8, bool) {
+    // SAFETY: passed on.
+    if let Some(slot) = unsafe { glance::<S>(slots, mask, hash, key) } {
+        return (slot, true);
+    }
+    let mut index = home::<S>(hash) & mask;
+    loop {
+        // SAFETY: index <= mask and the array has mask + 1 slots, one of them empty.
+        unsafe {
+            let slot = slots.add(index as usize * S::SLOT);
+            if is_zero::<S>(slot) {
+                return (slot, false);
+            }
+            if holds::<S>(slot, base, hash, key) {
+                return (slot, true);
+            }
+        }
+        index = (index + 1) & mask;
+    }
+}
+
+/// Hash of the key in a filled slot; for archived keys it may differ in the lowest bit, which
+/// `home` ignores.
+#[inline(always)]
+unsafe fn hash_in<S: Shape>(slot: *const u8) -> u64 {
+    // SAFETY: the caller gives a filled slot.
+    unsafe {
+        if S::KEY.is_some() {
+            key_hash(std::slice::from_raw_parts(slot, S::KEY_BYTES))
+        } else {
+            slot.cast::<u64>().read()
+        }
+    }
+}
+
+/// One table per held group of an operator.
+#[derive(Debug)]
+pub(crate) struct Slots<S: Shape> {
+    shared: Rc<Shared>,
+    desc: Box<[Desc]>,
+    home: Home,
+    shape: PhantomData<fn() -> S>,
+}
+
+impl<S: Shape> Slots<S> {
+    /// No table in any group yet; `reload` or `load` fill in what the segments hold.
+    pub(crate) fn new(shared: Rc<Shared>, home: Home) -> Self {
+        let desc = vec![Desc::nothing(); shared.groups as usize].into_boxed_slice();
+        Self { shared, desc, home, shape: PhantomData }
+    }
+
+    /// Reads all headers again through a word of the named root.
+    pub(crate) fn reload(&mut self, opened: &Opened) {
+        let Home::Root(word) = self.home else { return };
+        for group in 0..self.shared.groups {
+            self.load(group, opened.read(group, word));
+        }
+    }
+
+    /// Reads one header again; zero means that the group has no table.
+    pub(crate) fn load(&mut self, group: u32, header: u64) {
+        let place = &mut self.desc[group as usize];
+        *place = Desc::nothing();
+        let Some(seg) = self.shared.try_seg(group) else { return };
+        place.base = seg.base();
+        if header == 0 {
+            return;
+        }
+        let word = |field: usize| seg.read::<u64>(header + field as u64);
+        let capacity = word(offset_of!(Header, capacity));
+        let old_capacity = word(offset_of!(Header, old_capacity));
+        let sound = capacity.is_power_of_two() && old_capacity <= capacity;
+        assert!(sound, "the table at {header} of group {group} is damaged: capacity {capacity}");
+        place.header = header;
+        place.slots = array::<S>(seg, word(offset_of!(Header, slots)), capacity);
+        place.mask = capacity - 1;
+        place.len = word(offset_of!(Header, len));
+        let old = word(offset_of!(Header, old));
+        if old != 0 {
+            place.old = array::<S>(seg, old, old_capacity);
+            place.old_mask = old_capacity - 1;
+            place.start = word(offset_of!(Header, start)) as u32;
+            place.moved = word(offset_of!(Header, moved)) as u32;
+        }
+    }
+
+    /// Keys in all held groups.
+    pub(crate) fn len(&self) -> u64 {
+        self.desc.iter().map(|desc| desc.len).sum()
+    }
+
+    /// Keys in one group.
+    pub(crate) fn len_of(&self, group: u32) -> u64 {
+        self.desc[group as usize].len
+    }
+
+    /// Offset of a group's header, zero without a table.
+    pub(crate) fn header(&self, group: u32) -> u64 {
+        self.desc[group as usize].header
+    }
+
+    #[inline(always)]
+    fn desc(&self, group: u32) -> &Desc {
+        debug_assert!((group as usize) < self.desc.len());
+        // SAFETY: groups come from `group_of`, which stays below the number of groups, or from the
+        // set of held ones.
+        unsafe { self.desc.get_unchecked(group as usize) }
+    }
+
+    /// Asks for the line where a lookup will begin.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, group: u32, hash: u64) {
+        let desc = self.desc(group);
+        let at = home::<S>(hash);
+        let slot = desc.slots.wrapping_add((at & desc.mask) as usize * S::SLOT);
+        primitive::prefetch(slot);
+        primitive::prefetch(slot.wrapping_add(S::PREFETCHED_TO));
+        if !desc.old.is_null() {
+            primitive::prefetch(desc.old.wrapping_add((at & desc.old_mask) as usize * S::SLOT));
+        }
+    }
+
+    /// The slot of a key.
+    #[inline(always)]
+    pub(crate) fn find(&self, group: u32, hash: u64, key: &[u8]) -> Option<Slot<'_>> {
+        assert!(S::KEY.is_none_or(|bytes| bytes == key.len()), "a plain key of another length");
+        let desc = self.desc(group);
+        // SAFETY: the descriptor's pointers and masks belong together (`load`, `grow`).
+        let (at, found) = unsafe { probe::<S>(desc.slots, desc.mask, desc.base, hash, key) };
+        if found {
+            return Some(Slot { at, of: PhantomData });
+        }
+        self.find_elsewhere(group, hash, key)
+    }
+
+    /// The slot of a key that is not in the table itself: in the one it grows out of, or the zero
+    /// slot.
+    #[cold]
+    #[inline(never)]
+    fn find_elsewhere(&self, group: u32, hash: u64, key: &[u8]) -> Option<Slot<'_>> {
+        let desc = self.desc(group);
+        // SAFETY: as in `find`; a header lies in its segment with the zero slot behind it.
+        unsafe {
+            if S::KEY.is_some() && is_zero::<S>(key.as_ptr()) {
+                let zero = self.zero_slot(group)?;
+                return zero.1.then_some(Slot { at: zero.0, of: PhantomData });
+            }
+            if desc.old.is_null() {
+                return None;
+            }
+            let from_start = (home::<S>(hash).wrapping_sub(u64::from(desc.start))) & desc.old_mask;
+            if from_start < u64::from(desc.moved) {
+                return None;
+            }
+            let (at, found) = probe::<S>(desc.old, desc.old_mask, desc.base, hash, key);
+            found.then_some(Slot { at, of: PhantomData })
+        }
+    }
+
+    /// The zero slot of a group, and whether it is used; `None` without a table.
+    fn zero_slot(&self, group: u32) -> Option<(*mut u8, bool)> {
+        let (seg, header) = (self.shared.try_seg(group)?, self.header(group));
+        if header == 0 {
+            return None;
+        }
+        let used = seg.read::<u64>(header + offset_of!(Header, zero_used) as u64) != 0;
+        Some((array::<S>(seg, header + HEADER, 1), used))
+    }
+
+    /// As `find`, for a caller that may write: moves on what is growing when the key was not in the
+    /// table itself.
+    #[inline(always)]
+    pub(crate) fn find_to_write(
+        &mut self,
+        txn: &mut Txn,
+        group: u32,
+        hash: u64,
+        key: &[u8],
+    ) -> Option<Slot<'static>> {
+        assert!(S::KEY.is_none_or(|bytes| bytes == key.len()), "a plain key of another length");
+        let desc = self.desc(group);
+        // SAFETY: as in `find`.
+        let (at, found) = unsafe { probe::<S>(desc.slots, desc.mask, desc.base, hash, key) };
+        if found {
+            return Some(Slot { at, of: PhantomData });
+        }
+        self.move_and_find(txn, group, hash, key)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn move_and_find(
+        &mut self,
+        txn: &mut Txn,
+        group: u32,
+        hash: u64,
+        key: &[u8],
+    ) -> Option<Slot<'static>> {
+        if !self.desc(group).old.is_null() {
+            self.move_some(txn, group);
+            let desc = self.desc(group);
+            // SAFETY: as in `find`.
+            let (at, found) = unsafe { probe::<S>(desc.slots, desc.mask, desc.base, hash, key) };
+            if found {
+                return Some(Slot { at, of: PhantomData });
+            }
+        }
+        let slot = self.find_elsewhere(group, hash, key)?;
+        Some(Slot { at: slot.at, of: PhantomData })
+    }
+
+    /// Adds a key that `find_to_write` did not find. Its slot's value is unspecified and may be
+    /// written without undo.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn insert(
+        &mut self,
+        txn: &mut Txn,
+        opened: &Opened,
+        group: u32,
+        hash: u64,
+        key: &[u8],
+    ) -> Result<Slot<'static>, StateError> {
+        let seg = self.shared.seg(group)?;
+        if self.header(group) == 0 {
+            self.create(txn, opened, group)?;
+        }
+        let (header, len) = (self.header(group), self.desc(group).len);
+        // SAFETY: for a plain key, `key` has KEY_BYTES bytes.
+        let at = if S::KEY.is_some() && unsafe { is_zero::<S>(key.as_ptr()) } {
+            seg.write(txn, header + offset_of!(Header, zero_used) as u64, 1u64);
+            let zero = array::<S>(seg, header + HEADER, 1);
+            // SAFETY: the zero slot has SLOT bytes.
+            unsafe { txn.fresh(zero, S::SLOT) };
+            zero
+        } else {
+            if self.desc(group).old.is_null() && len >= (self.desc(group).mask + 1) / 8 * 5 {
+                self.grow(txn, group)?;
+            }
+            let block = if S::KEY.is_none() { self.key_block(txn, group, key)? } else { 0 };
+            let desc = self.desc(group);
+            // SAFETY: as in `find`; the key is not there, so the walk ends at an empty slot.
+            let (slot, _) = unsafe { probe::<S>(desc.slots, desc.mask, desc.base, hash, key) };
+            // SAFETY: `slot` is an empty slot of this table.
+            unsafe { fill::<S>(txn, slot, hash, key, block) };
+            slot
+        };
+        seg.write(txn, header + offset_of!(Header, len) as u64, len + 1);
+        self.desc[group as usize].len = len + 1;
+        Ok(Slot { at, of: PhantomData })
+    }
+
+    /// Makes the first table of a group: a header that stays, and slots that will be replaced as
+    /// the table grows.
+    fn create(&mut self, txn: &mut Txn, opened: &Opened, group: u32) -> Result<(), StateError> {
+        let seg = self.shared.seg(group)?;
+        let bytes = CAPACITY_MIN * S::SLOT as u64;
+        let header = self.shared.alloc_zeroed(txn, group, HEADER + S::SLOT as u64)?;
+        let made = self.shared.alloc_zeroed(txn, group, bytes).and_then(|slots| {
+            seg.write_fresh(txn, header + offset_of!(Header, slots) as u64, slots);
+            seg.write_fresh(txn, header + offset_of!(Header, capacity) as u64, CAPACITY_MIN);
+            match self.home {
+                Home::Root(word) => opened.write(txn, group, word, header),
+                Home::Slice(id) => {
+                    let noted = crate::slice::add_to_directory(opened, txn, group, id, header);
+                    noted.inspect_err(|_| self.shared.free(txn, group, slots, bytes))?;
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = made {
+            self.shared.free(txn, group, header, HEADER + S::SLOT as u64);
+            return Err(error);
+        }
+        self.load(group, header);
+        Ok(())
+    }
+
+    fn key_block(&self, txn: &mut Txn, group: u32, key: &[u8]) -> Result<u64, StateError> {
+        let seg = self.shared.seg(group)?;
+        let block = self.shared.alloc(txn, group, S::KEY_IN_BLOCK + key.len() as u64)?.at;
+        seg.write_fresh(txn, block, key.len() as u64);
+        seg.fill(txn, block + S::KEY_IN_BLOCK, key);
+        Ok(block)
+    }
+
+    /// Begins to move to a table of twice the size.
+    fn grow(&mut self, txn: &mut Txn, group: u32) -> Result<(), StateError> {
+        let seg = self.shared.seg(group)?;
+        let desc = *self.desc(group);
+        let (capacity, header) = (desc.mask + 1, desc.header);
+        let new = self.shared.alloc_zeroed(txn, group, capacity * 2 * S::SLOT as u64)?;
+        let mut start = 0;
+        // SAFETY: index <= mask; at most five eighths of the slots are filled, so one is empty.
+        while !unsafe { is_zero::<S>(desc.slots.add(start as usize * S::SLOT)) } {
+            start += 1;
+        }
+        let old: u64 = seg.read(header + offset_of!(Header, slots) as u64);
+        for (field, value) in [
+            (offset_of!(Header, slots), new),
+            (offset_of!(Header, capacity), capacity * 2),
+            (offset_of!(Header, old), old),
+            (offset_of!(Header, old_capacity), capacity),
+            (offset_of!(Header, start), start),
+            (offset_of!(Header, moved), 0),
+        ] {
+            seg.write(txn, header + field as u64, value);
+        }
+        self.load(group, header);
+        self.move_some(txn, group);
+        Ok(())
+    }
+
+    /// Moves at least `MOVED_AT_ONCE` slots, and on to the end of a run; frees the old table after
+    /// the last.
+    fn move_some(&mut self, txn: &mut Txn, group: u32) {
+        let Some(seg) = self.shared.try_seg(group) else { return };
+        let desc = &mut self.desc[group as usize];
+        let (mut moved, mut steps) = (u64::from(desc.moved), 0);
+        while moved <= desc.old_mask {
+            let index = (u64::from(desc.start) + moved) & desc.old_mask;
+            moved += 1;
+            steps += 1;
+            // SAFETY: index <= old_mask; the new table has more room than the old one has keys.
+            unsafe {
+                let from = desc.old.add(index as usize * S::SLOT);
+                if is_zero::<S>(from) {
+                    if steps >= MOVED_AT_ONCE {
+                        break;
+                    }
+                    continue;
+                }
+                let mut to = home::<S>(hash_in::<S>(from)) & desc.mask;
+                while !is_zero::<S>(desc.slots.add(to as usize * S::SLOT)) {
+                    to = (to + 1) & desc.mask;
+                }
+                let to = desc.slots.add(to as usize * S::SLOT);
+                txn.log(to, S::KEY_BYTES);
+                txn.fresh(to, S::SLOT);
+                std::ptr::copy_nonoverlapping(from, to, S::SLOT);
+            }
+        }
+        let header = desc.header;
+        if moved <= desc.old_mask {
+            desc.moved = moved as u32;
+            seg.write(txn, header + offset_of!(Header, moved) as u64, moved);
+            return;
+        }
+        let bytes = (desc.old_mask + 1) * S::SLOT as u64;
+        let old: u64 = seg.read(header + offset_of!(Header, old) as u64);
+        seg.write(txn, header + offset_of!(Header, old) as u64, 0u64);
+        self.shared.free(txn, group, old, bytes);
+        self.load(group, header);
+    }
+
+    /// Removes a key: its slot, and its key block; what the value owns is the caller's to free
+    /// first.
+    pub(crate) fn remove(&mut self, txn: &mut Txn, group: u32, slot: Slot<'static>) {
+        let Some(seg) = self.shared.try_seg(group) else { return };
+        let (header, len) = (self.header(group), self.desc(group).len);
+        if S::KEY.is_none() {
+            let block = slot.block();
+            let bytes: u64 = seg.read(block);
+            self.shared.free(txn, group, block, S::KEY_IN_BLOCK + bytes);
+        }
+        let desc = *self.desc(group);
+        let array_at = |slots: *mut u8, mask: u64| {
+            let from = (slot.at.addr()).wrapping_sub(slots.addr());
+            (from < (mask as usize + 1) * S::SLOT).then_some((slots, mask, (from / S::SLOT) as u64))
+        };
+        let in_old = || if desc.old.is_null() { None } else { array_at(desc.old, desc.old_mask) };
+        // SAFETY: the slot is a filled one of the array that it was found to lie in, or the zero
+        // slot.
+        unsafe {
+            match array_at(desc.slots, desc.mask).or_else(in_old) {
+                Some((slots, mask, index)) => close_gap::<S>(txn, slots, mask, index),
+                None => {
+                    txn.log(slot.at, S::SLOT);
+                    slot.at.write_bytes(0, S::SLOT);
+                    seg.write(txn, header + offset_of!(Header, zero_used) as u64, 0u64);
+                }
+            }
+        }
+        seg.write(txn, header + offset_of!(Header, len) as u64, len - 1);
+        self.desc[group as usize].len = len - 1;
+    }
+
+    /// Visits the entries of a group from `cursor` (0 at first) on: about `max` of them, or until
+    /// `visit` breaks, which counts the entry as visited. Returns where to go on, `None` at the
+    /// end. Nothing may be added or removed between calls.
+    pub(crate) fn scan<'a>(
+        &'a self,
+        group: u32,
+        cursor: u64,
+        max: usize,
+        mut visit: impl FnMut(Slot<'a>) -> ControlFlow<()>,
+    ) -> Option<u64> {
+        let desc = self.desc(group);
+        if desc.header == 0 {
+            return None;
+        }
+        let capacity = desc.mask + 1;
+        let old = if desc.old.is_null() { 0 } else { desc.old_mask + 1 - u64::from(desc.moved) };
+        let end = capacity + old;
+        let examined = (max as u64).saturating_mul(SCANNED_PER_ENTRY).max(MOVED_AT_ONCE);
+        let mut left = max;
+        let mut at = cursor;
+        while at < end {
+            if left == 0 || at - cursor >= examined {
+                return Some(at);
+            }
+            // SAFETY: both indices stay within their arrays.
+            let slot = unsafe {
+                if at < capacity {
+                    desc.slots.add(at as usize * S::SLOT)
+                } else {
+                    let index = u64::from(desc.start) + u64::from(desc.moved) + at - capacity;
+                    desc.old.add((index & desc.old_mask) as usize * S::SLOT)
+                }
+            };
+            at += 1;
+            // SAFETY: a slot has KEY_BYTES readable bytes.
+            if !unsafe { is_zero::<S>(slot) } {
+                left -= 1;
+                if visit(Slot { at: slot, of: PhantomData }).is_break() {
+                    return Some(at);
+                }
+            }
+        }
+        if at == end
+            && let Some((zero, true)) = self.zero_slot(group)
+        {
+            if left == 0 {
+                return Some(at);
+            }
+            if visit(Slot { at: zero, of: PhantomData }).is_break() {
+                return Some(at + 1);
+            }
+        }
+        None
+    }
+
+    /// Takes a group's whole table out of use and hangs it on the chain of discarded ones (`chain`
+    /// is a root word), to be freed by `sweep`. Who keeps its header's offset must forget it in the
+    /// same step.
+    pub(crate) fn discard(&mut self, txn: &mut Txn, opened: &Opened, group: u32, chain: u64) {
+        let Some(seg) = self.shared.try_seg(group) else { return };
+        let header = self.header(group);
+        if header == 0 {
+            return;
+        }
+        let next = opened.read(group, chain);
+        seg.write(txn, header + offset_of!(Header, next) as u64, next);
+        opened.write(txn, group, chain, header);
+        opened.has_discarded.set(true);
+        self.load(group, 0);
+    }
+}
+
+/// Frees discarded tables of all held groups, looking at no more than `budget` slots. True when
+/// none is left.
+pub(crate) fn sweep<S: Shape>(txn: &mut Txn, opened: &Opened, chain: u64, budget: u64) -> bool {
+    if !opened.has_discarded.get() {
+        return true;
+    }
+    let shared = &opened.shared;
+    let mut budget = budget;
+    for group in shared.owned() {
+        let Some(seg) = shared.try_seg(group) else { continue };
+        loop {
+            let header = opened.read(group, chain);
+            if header == 0 {
+                break;
+            }
+            if budget == 0 {
+                return false;
+            }
+            budget -= 1;
+            if S::HAS_BLOCKS && !sweep_blocks::<S>(txn, shared, seg, group, header, &mut budget) {
+                return false;
+            }
+            let word = |field: usize| seg.read::<u64>(header + field as u64);
+            let (slots, capacity) =
+                (word(offset_of!(Header, slots)), word(offset_of!(Header, capacity)));
+            let (old, old_capacity) =
+                (word(offset_of!(Header, old)), word(offset_of!(Header, old_capacity)));
+            opened.write(txn, group, chain, word(offset_of!(Header, next)));
+            shared.free(txn, group, slots, capacity * S::SLOT as u64);
+            if old != 0 {
+                shared.free(txn, group, old, old_capacity * S::SLOT as u64);
+            }
+            shared.free(txn, group, header, HEADER + S::SLOT as u64);
+        }
+    }
+    opened.has_discarded.set(false);
+    true
+}
+
+/// Frees the blocks that hang off a discarded table's slots. False when the budget ended first.
+fn sweep_blocks<S: Shape>(
+    txn: &mut Txn,
+    shared: &Shared,
+    seg: Seg,
+    group: u32,
+    header: u64,
+    budget: &mut u64,
+) -> bool {
+    let word = |field: usize| seg.read::<u64>(header + field as u64);
+    let (slots, capacity) = (word(offset_of!(Header, slots)), word(offset_of!(Header, capacity)));
+    let (old, old_capacity) =
+        (word(offset_of!(Header, old)), word(offset_of!(Header, old_capacity)));
+    let (start, moved) = (word(offset_of!(Header, start)), word(offset_of!(Header, moved)));
+    let unmoved = if old == 0 { 0 } else { old_capacity - moved };
+    let end = capacity + unmoved + 1;
+    let swept_at = header + offset_of!(Header, swept) as u64;
+    let mut at: u64 = seg.read(swept_at);
+    while at < end {
+        if *budget == 0 {
+            seg.write(txn, swept_at, at);
+            return false;
+        }
+        *budget -= 1;
+        let slot = if at < capacity {
+            slots + at * S::SLOT as u64
+        } else if at < capacity + unmoved {
+            old + ((start + moved + at - capacity) & (old_capacity - 1)) * S::SLOT as u64
+        } else {
+            header + HEADER
+        };
+        at += 1;
+        let slot = array::<S>(seg, slot, 1);
+        // The zero slot, last, is used only by plain keys; its flag tells.
+        let used = if at == end {
+            word(offset_of!(Header, zero_used)) != 0
+        } else {
+            // SAFETY: `array` checked that a whole slot lies there.
+            !unsafe { is_zero::<S>(slot) }
+        };
+        if used {
+            free_blocks::<S>(txn, shared, seg, group, Slot { at: slot, of: PhantomData });
+        }
+    }
+    true
+}
+
+/// Frees all that a slot owns in the heap.
+fn free_blocks<S: Shape>(txn: &mut Txn, shared: &Shared, seg: Seg, group: u32, slot: Slot<'_>) {
+    let mut cells = [None, None];
+    if S::VALUE_IN_HEAP {
+        cells[0] = Some(Cell::of(slot.read::<S, [u64; 2]>()));
+    }
+    if S::KEY.is_none() {
+        let block = slot.block();
+        if let Some(at) = S::PREFIX_IN_HEAP {
+            cells[1] = Some(Cell::of(seg.read(block + 8 + at as u64)));
+        }
+        let bytes: u64 = seg.read(block);
+        shared.free(txn, group, block, S::KEY_IN_BLOCK + bytes);
+    }
+    for cell in cells.into_iter().flatten() {
+        if cell.room != 0 {
+            shared.free(txn, group, cell.at, u64::from(cell.room));
+        }
+    }
+}
+
+/// Address of an array of slots, checked once against its segment.
+fn array<S: Shape>(seg: Seg, at: u64, slots: u64) -> *mut u8 {
+    let end = slots.checked_mul(S::SLOT as u64).and_then(|bytes| bytes.checked_add(at));
+    let inside = end.is_some_and(|end| end <= seg.len());
+    assert!(inside, "a table of {slots} slots at {at} leads out of its key group");
+    // SAFETY: inside the segment, as just checked.
+    unsafe { seg.base().add(at as usize) }
+}
+
+/// Writes a key into an empty slot.
+///
+/// # Safety
+/// `slot` is an empty slot; a plain `key` has KEY_BYTES bytes.
+unsafe fn fill<S: Shape>(txn: &mut Txn, slot: *mut u8, hash: u64, key: &[u8], block: u64) {
+    // SAFETY: passed on.
+    unsafe {
+        txn.log(slot, S::KEY_BYTES);
+        txn.fresh(slot, S::SLOT);
+        if S::KEY.is_some() {
+            std::ptr::copy_nonoverlapping(key.as_ptr(), slot, S::KEY_BYTES);
+        } else {
+            slot.cast::<u64>().write(hash | 1);
+            slot.add(8).cast::<u64>().write(block);
+        }
+    }
+}
+
+/// Empties a slot and moves the rest of its run up, so that no run has a hole before a key's place.
+///
+/// # Safety
+/// `slots` is an array of `mask + 1` slots with an empty one, and slot `hole` is filled.
+unsafe fn close_gap<S: Shape>(txn: &mut Txn, slots: *mut u8, mask: u64, mut hole: u64) {
+    let mut next = hole;
+    loop {
+        next = (next + 1) & mask;
+        // SAFETY: both indices are masked.
+        unsafe {
+            let from = slots.add(next as usize * S::SLOT);
+            let to = slots.add(hole as usize * S::SLOT);
+            if is_zero::<S>(from) {
+                txn.log(to, S::SLOT);
+                to.write_bytes(0, S::SLOT);
+                return;
+            }
+            let wanted = home::<S>(hash_in::<S>(from)) & mask;
+            if (next.wrapping_sub(wanted) & mask) >= (next.wrapping_sub(hole) & mask) {
+                txn.log(to, S::SLOT);
+                std::ptr::copy_nonoverlapping(from, to, S::SLOT);
+                hole = next;
+            }
+        }
+    }
+}
+
+impl<'a> Slot<'a> {
+    /// The key's bytes.
+    #[inline(always)]
+    pub(crate) fn key<S: Shape>(self, base: *const u8) -> &'a [u8] {
+        // SAFETY: a filled slot holds a plain key or the offset of a block in the segment at
+        // `base`.
+        unsafe {
+            if S::KEY.is_some() {
+                return std::slice::from_raw_parts(self.at, S::KEY_BYTES);
+            }
+            let block = base.add(self.block() as usize);
+            let bytes = block.cast::<u64>().read() as usize;
+            std::slice::from_raw_parts(block.add(S::KEY_IN_BLOCK as usize), bytes)
+        }
+    }
+
+    /// Offset of the key block, for archived keys.
+    #[inline(always)]
+    pub(crate) fn block(self) -> u64 {
+        // SAFETY: slots of archived keys begin with two words.
+        unsafe { self.at.add(8).cast::<u64>().read() }
+    }
+
+    /// The value's bytes.
+    #[inline(always)]
+    pub(crate) fn value<S: Shape>(self) -> &'a [u8] {
+        // SAFETY: the value lies inside the slot.
+        unsafe { std::slice::from_raw_parts(self.at.add(S::VALUE_AT), S::VALUE) }
+    }
+
+    /// The value, or its cell, by value.
+    #[inline(always)]
+    pub(crate) fn read<S: Shape, T: testudo_shm::txn::Plain>(self) -> T {
+        debug_assert!(size_of::<T>() == S::VALUE);
+        // SAFETY: the value lies inside the slot and any bit pattern is a T.
+        unsafe { self.at.add(S::VALUE_AT).cast::<T>().read_unaligned() }
+    }
+
+    /// Replaces the value of a slot: `is_new` when the slot was just inserted, so that no undo is
+    /// needed.
+    #[inline(always)]
+    pub(crate) fn write<S: Shape>(self, txn: &mut Txn, bytes: &[u8], is_new: bool) {
+        debug_assert!(bytes.len() == S::VALUE);
+        // SAFETY: the value lies inside the slot; `bytes` has VALUE bytes, in no table of ours that
+        // we write.
+        unsafe {
+            let at = self.at.add(S::VALUE_AT);
+            if is_new {
+                txn.fresh(at, S::VALUE);
+            } else {
+                txn.log(at, S::VALUE);
+            }
+            std::ptr::copy(bytes.as_ptr(), at, S::VALUE);
+        }
+    }
+
+    /// The same slot, for a borrow that the caller vouches for.
+    #[inline(always)]
+    pub(crate) fn forever(self) -> Slot<'static> {
+        Slot { at: self.at, of: PhantomData }
+    }
+}
+
+impl<S: Shape> Slots<S> {
+    /// Address of offset 0 of a group, for `Slot::key`.
+    #[inline(always)]
+    pub(crate) fn base(&self, group: u32) -> *const u8 {
+        self.desc(group).base
+    }
+
+    /// The segment of a group, if it is held.
+    #[inline(always)]
+    pub(crate) fn seg(&self, group: u32) -> Option<Seg> {
+        self.shared.try_seg(group)
+    }
+
+    /// Number of key groups.
+    #[inline(always)]
+    pub(crate) fn groups(&self) -> u32 {
+        self.desc.len() as u32
+    }
+
+    /// The key's group.
+    #[inline(always)]
+    pub(crate) fn group(&self, hash: KeyHash) -> u32 {
+        hash.group(self.groups())
+    }
+}

@@ -1,0 +1,307 @@
+//! The table against a `BTreeMap`, with commits, crashes and attaching, for plain and archived keys
+//! and values.
+
+mod common;
+
+use common::{Random, World, times, with_key};
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::ops::ControlFlow;
+use testudo_shm::record::Record;
+use testudo_state::{Groups, Table};
+
+type Model<K, V> = BTreeMap<K, V>;
+
+fn check<K, V>(table: &Table<K, V>, model: &Model<K, V>, groups: u32)
+where
+    K: Record + Ord + Clone + Debug,
+    V: Record + PartialEq + Clone + Debug,
+{
+    assert_eq!(table.len(), model.len() as u64);
+    for (key, value) in model {
+        let found =
+            with_key(key, |hash, item| table.get(hash, item).map(|found| V::to_owned(found.view)));
+        assert_eq!(found.as_ref(), Some(value), "value of {key:?}");
+    }
+    let mut scanned = Model::new();
+    for group in 0..groups {
+        let mut cursor = Some(0);
+        while let Some(at) = cursor {
+            cursor = table.scan(group, at, 3, |hash, key, value| {
+                assert_eq!(hash.group(groups), group);
+                let old = scanned.insert(K::to_owned(key.view), V::to_owned(value.view));
+                assert!(old.is_none(), "an entry was scanned twice");
+                if scanned.len() % 5 == 0 {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            });
+        }
+    }
+    assert_eq!(&scanned, model);
+}
+
+struct Case<K, V> {
+    seed: u64,
+    keys: u64,
+    steps: u64,
+    key: fn(u64) -> K,
+    value: fn(u64) -> V,
+    /// Check a copy of the memory as a successor would find it, after every operation.
+    images: bool,
+}
+
+/// Runs random operations, with commits and crashes, against the model.
+fn run<K, V>(case: &Case<K, V>)
+where
+    K: Record + Ord + Clone + Debug,
+    V: Record + PartialEq + Clone + Debug,
+{
+    const GROUPS: u32 = 2;
+    let mut random = Random::new(case.seed);
+    let mut world = World::new(GROUPS, 1 << 20);
+    let open = |world: &mut World| -> (Groups, Table<K, V>) {
+        let groups = world.attach();
+        let table = groups.table(&mut world.txn, "table").expect("open");
+        (groups, table)
+    };
+    let (mut groups, mut table) = open(&mut world);
+    world.commit(&groups);
+    let mut committed = Model::new();
+    let mut model = Model::new();
+    for _ in 0..times(case.steps) {
+        for _ in 0..random.below(12) {
+            let key = (case.key)(random.below(case.keys));
+            operate(&mut random, &mut world, &mut table, &mut model, &key, case.value);
+            if case.images {
+                let mut image = world.image();
+                let (_, found) = open(&mut image);
+                check(&found, &committed, GROUPS);
+            }
+        }
+        if random.chance(70) {
+            world.commit(&groups);
+            committed.clone_from(&model);
+        } else {
+            drop(table);
+            (groups, table) = open(&mut world);
+            model.clone_from(&committed);
+        }
+    }
+    check(&table, &model, GROUPS);
+}
+
+fn operate<K, V>(
+    random: &mut Random,
+    world: &mut World,
+    table: &mut Table<K, V>,
+    model: &mut Model<K, V>,
+    key: &K,
+    value: fn(u64) -> V,
+) where
+    K: Record + Ord + Clone + Debug,
+    V: Record + PartialEq + Clone + Debug,
+{
+    let new = value(random.below(1000));
+    let txn = &mut world.txn;
+    match random.below(8) {
+        0 | 1 => with_key(key, |hash, item| {
+            let was_new = table.set(txn, hash, item, &new).expect("set");
+            assert_eq!(was_new, model.insert(key.clone(), new).is_none());
+        }),
+        2..=4 => with_key(key, |hash, item| {
+            table.prefetch(hash);
+            let first = value(7);
+            let after = table
+                .update(txn, hash, item, || first.clone(), |old| *old = new.clone())
+                .expect("update");
+            assert_eq!(V::to_owned(after), new);
+            model.insert(key.clone(), new.clone());
+        }),
+        5 | 6 => with_key(key, |hash, item| {
+            let was_there = table.remove(txn, hash, item).expect("remove");
+            assert_eq!(was_there, model.remove(key).is_some());
+            assert!(table.get(hash, item).is_none());
+        }),
+        _ => with_key(key, |hash, item| {
+            let found = table.get(hash, item).map(|found| V::to_owned(found.view));
+            assert_eq!(found.as_ref(), model.get(key));
+            assert_eq!(table.contains(hash, item), model.contains_key(key));
+        }),
+    }
+}
+
+fn string(n: u64) -> String {
+    let long = if n.is_multiple_of(7) { 90 } else { 3 };
+    format!("key {n} {}", "x".repeat((n % long) as usize))
+}
+
+fn strings(n: u64) -> Vec<String> {
+    (0..n % 4).map(string).collect()
+}
+
+#[test]
+fn plain_keys_and_values_survive_crashes() {
+    for (seed, keys) in [(1, 20), (2, 200), (3, 3000)] {
+        let case = Case { seed, keys, steps: 1500, key: |n| n, value: |n| n * 3, images: false };
+        run(&case);
+    }
+}
+
+#[test]
+fn a_crash_after_any_operation_leaves_the_last_commit() {
+    for seed in 10..13 {
+        run(&Case { seed, keys: 60, steps: 60, key: |n| n, value: |n| n as u32, images: true });
+    }
+    run(&Case { seed: 13, keys: 40, steps: 40, key: string, value: string, images: true });
+}
+
+#[test]
+fn plain_keys_of_other_sizes_survive_crashes() {
+    run(&Case {
+        seed: 20,
+        keys: 200,
+        steps: 400,
+        key: |n| n as u8,
+        value: |n| n as u16,
+        images: false,
+    });
+    run(&Case {
+        seed: 21,
+        keys: 500,
+        steps: 400,
+        key: |n| [n / 100, n % 3, n],
+        value: |n| [n as u32; 5],
+        images: false,
+    });
+    run(&Case {
+        seed: 22,
+        keys: 500,
+        steps: 400,
+        key: |n| [n as u8, (n >> 8) as u8, 0],
+        value: |n| n as u8,
+        images: false,
+    });
+}
+
+#[test]
+fn archived_keys_and_values_survive_crashes() {
+    run(&Case { seed: 30, keys: 30, steps: 500, key: string, value: |n| n, images: false });
+    run(&Case { seed: 31, keys: 800, steps: 800, key: string, value: string, images: false });
+    run(&Case { seed: 32, keys: 300, steps: 800, key: |n| n, value: strings, images: false });
+}
+
+#[test]
+fn a_removed_key_is_gone_and_its_neighbours_stay() {
+    let mut world = World::new(1, 1 << 20);
+    let groups = world.attach();
+    let mut table = groups.table::<u64, u64>(&mut world.txn, "table").unwrap();
+    for key in 0..times(2000) {
+        with_key(&key, |hash, item| table.set(&mut world.txn, hash, item, &key).unwrap());
+        world.commit(&groups);
+    }
+    for key in (0..times(2000)).step_by(2) {
+        with_key(&key, |hash, item| table.remove(&mut world.txn, hash, item).unwrap());
+    }
+    for key in 0..times(2000) {
+        let found = with_key(&key, |hash, item| table.get(hash, item).map(|value| *value.view));
+        assert_eq!(found, (key % 2 == 1).then_some(key));
+    }
+}
+
+#[test]
+fn rolling_back_can_itself_be_interrupted_anywhere() {
+    let mut world = World::new(1, 128 << 10);
+    let groups = world.attach();
+    let mut table = groups.table::<u64, u64>(&mut world.txn, "table").unwrap();
+    let mut model = Model::new();
+    for key in 0..9 {
+        with_key(&key, |hash, item| table.set(&mut world.txn, hash, item, &key).unwrap());
+        model.insert(key, key);
+    }
+    world.commit(&groups);
+    for key in 5..14 {
+        with_key(&key, |hash, item| table.set(&mut world.txn, hash, item, &77).unwrap());
+        with_key(&(key - 5), |hash, item| table.remove(&mut world.txn, hash, item).unwrap());
+    }
+    let entries = world.image().txn.roll_back().unwrap();
+    assert!(entries > 20);
+    for stop in 0..entries {
+        let mut dying = world.image();
+        let mut done = 0;
+        let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            dying.txn.roll_back_with(|| {
+                assert!(done < stop, "killed");
+                done += 1;
+            })
+        }));
+        assert!(killed.is_err());
+        let mut next = dying.image();
+        let groups = next.attach();
+        let found = groups.table(&mut next.txn, "table").unwrap();
+        check(&found, &model, 1);
+    }
+}
+
+#[test]
+fn a_key_of_a_group_not_held_is_refused_by_name() {
+    let mut world = World::new(2, 128 << 10);
+    let groups = world.attach();
+    let mut table = groups.table::<u64, u64>(&mut world.txn, "table").unwrap();
+    groups.release(1);
+    table.reload(&mut world.txn).unwrap();
+    let of =
+        |group: u32| (0u64..).find(|key| with_key(key, |hash, _| hash.group(2)) == group).unwrap();
+    with_key(&of(0), |hash, item| table.set(&mut world.txn, hash, item, &1).unwrap());
+    let error = with_key(&of(1), |hash, item| {
+        assert!(table.get(hash, item).is_none());
+        table.set(&mut world.txn, hash, item, &1).unwrap_err().to_string()
+    });
+    assert!(error.contains("operator test") && error.contains("group 1"), "{error}");
+}
+
+#[test]
+fn a_cleared_table_is_empty_at_once_and_freed_in_pieces() {
+    let mut world = World::new(2, 1 << 20);
+    let groups = world.attach();
+    let mut table = groups.table::<String, String>(&mut world.txn, "table").unwrap();
+    let mut used = 0;
+    for round in 0..4 {
+        for n in 0..300 {
+            let key = string(n);
+            with_key(&key, |hash, item| table.set(&mut world.txn, hash, item, &key).unwrap());
+            if n % 20 == 0 {
+                world.commit(&groups);
+            }
+        }
+        table.clear(&mut world.txn);
+        assert!(table.is_empty());
+        let mut calls = 1;
+        while !table.sweep(&mut world.txn, 50) {
+            world.commit(&groups);
+            calls += 1;
+        }
+        assert!(calls > 3, "the budget bounds each call");
+        world.commit(&groups);
+        let now = groups.used(0) + groups.used(1);
+        assert!(round < 2 || now == used, "round {round}: {now} bytes after {used}");
+        used = now;
+    }
+}
+
+#[test]
+fn a_crash_while_formatting_leaves_no_ghosts() {
+    let mut world = World::new(1, 128 << 10);
+    let groups = world.attach();
+    let mut table = groups.table::<u64, u64>(&mut world.txn, "table").unwrap();
+    for key in 0..16 {
+        with_key(&key, |hash, item| table.set(&mut world.txn, hash, item, &5).unwrap());
+    }
+    drop(table);
+    let groups = world.attach();
+    let mut table = groups.table(&mut world.txn, "table").unwrap();
+    let model = Model::from([(3u64, 8u64)]);
+    with_key(&3, |hash, item| table.set(&mut world.txn, hash, item, &8).unwrap());
+    check(&table, &model, 1);
+}
