@@ -158,6 +158,9 @@ pub trait Collect<T: Record> {
     /// Emits one record.
     fn emit(&mut self, value: T);
 
+    /// Emits several records: what a reader that makes them in blocks should do.
+    fn emit_all(&mut self, values: &[T]);
+
     /// Counts an input that was refused (a bad line); its description becomes a line of the rejects file.
     fn reject(&mut self, description: String);
 }

@@ -91,9 +91,11 @@ impl Window {
         Bounds { start: end - self.size, end }
     }
 
-    /// The next window to fire: behind the one that ended at `fired`, containing `oldest` or a later slice.
-    pub(crate) fn next_end(self, fired: i64, oldest: i64) -> i64 {
-        self.first_end(oldest).max(fired.saturating_add(self.slide))
+    /// End of the next window to fire: behind the one that ended at `fired`, not among those that the watermark had
+    /// `passed` before (a straggler may belong to some that were empty then), containing `oldest` or a later slice.
+    pub(crate) fn next_end(self, fired: i64, passed: i64, oldest: i64) -> i64 {
+        let open = self.first_end(oldest).max(self.first_end(passed));
+        open.max(fired.saturating_add(self.slide))
     }
 }
 

@@ -6,7 +6,8 @@
 //! Invariants:
 //! - the directory's layout is version-stable (R22) and only grows; an entry is complete before the count includes it,
 //!   and all of it goes through the transaction;
-//! - a cell keeps the size that it was created with; asking with another size is an error, not a reinterpretation.
+//! - a cell keeps the size that it was created with; asking with another size is an error, not a reinterpretation;
+//! - what a dead process left is checked before it is used: a directory that cannot be true is an error, never a panic.
 //!
 //! Called while attaching; afterwards a cell is just a [`Place`].
 
@@ -91,7 +92,7 @@ impl Cells {
         let cells = Self { at, len };
         let head = txn.get(cells.head(txn));
         match head.magic {
-            MAGIC if u64::from(head.used) <= len && u64::from(head.count) <= ENTRIES => Ok(cells),
+            MAGIC if cells.is_sound(head) => Ok(cells),
             0 => {
                 let head = DirectoryHead { magic: MAGIC, count: 0, used: DIRECTORY as u32 };
                 txn.set(cells.head(txn), head);
@@ -99,6 +100,20 @@ impl Cells {
             }
             _ => Err(CellError::Damaged),
         }
+    }
+
+    fn is_sound(self, head: DirectoryHead) -> bool {
+        let used = u64::from(head.used);
+        // An area with no room for cells has a directory all the same.
+        let fits = used == DIRECTORY || (used > DIRECTORY && used <= self.len);
+        fits && used.is_multiple_of(8) && u64::from(head.count) <= ENTRIES
+    }
+
+    /// Whether an entry's cell lies behind the directory and within what is in use.
+    fn holds(head: DirectoryHead, entry: Entry) -> bool {
+        let end = u64::from(entry.offset) + u64::from(entry.bytes);
+        let begins = u64::from(entry.offset) >= DIRECTORY && entry.offset.is_multiple_of(8);
+        begins && end <= u64::from(head.used)
     }
 
     fn head(self, txn: &Txn) -> Place<DirectoryHead> {
@@ -112,16 +127,22 @@ impl Cells {
     /// Finds the cell called `name`, or creates it with `initial`.
     ///
     /// # Errors
-    /// When it has another size, or there is no room.
+    /// When it has another size, there is no room, or the directory is damaged.
     pub fn cell<T: Plain>(self, txn: &mut Txn, name: &str, initial: T) -> Result<Place<T>, CellError> {
         let hash = crate::hash::name_hash(name);
         let bytes = size_of::<T>() as u32;
         let head = txn.get(self.head(txn));
+        if !self.is_sound(head) {
+            return Err(CellError::Damaged);
+        }
         for index in 0..head.count {
             let entry = txn.get(self.entry(txn, index));
             if entry.name == hash {
                 if entry.bytes != bytes {
                     return Err(CellError::Size { name: name.into(), found: entry.bytes, wanted: bytes });
+                }
+                if !Self::holds(head, entry) {
+                    return Err(CellError::Damaged);
                 }
                 return Ok(txn.place(self.at + u64::from(entry.offset)));
             }

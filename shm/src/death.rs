@@ -98,18 +98,25 @@ pub fn claim(header: &'static WorkerHeader, between: impl FnOnce()) -> Result<()
         return Err(ClaimError::Owned(claim.load(Ordering::Acquire) & TID_MASK));
     }
     between();
-    for word in &header.death {
-        word.word.store(tid | WAITERS, Ordering::Release);
-    }
+    // Linked first: the kernel passes over words that do not name this thread, and no word that does is ever unlinked.
+    // The claim comes first: whoever sees a death word marked finds the claim free, however long the dying thread is
+    // kept from going on between the two.
     for index in 0..WORDS {
-        let next = if index + 1 < WORDS { first.wrapping_add(index + 1) } else { at.cast() };
+        let next = match index {
+            DEATH_WORDS => first,
+            _ if index + 1 == DEATH_WORDS => at.cast(),
+            _ => first.wrapping_add(index + 1),
+        };
         // SAFETY: index is inside the leaked array.
         unsafe { (&raw mut (*first.add(index)).next).write_volatile(next) };
     }
     // SAFETY: as above: volatile, since only the kernel reads them.
     unsafe {
-        (&raw mut (*at).next).write_volatile(first);
+        (&raw mut (*at).next).write_volatile(first.wrapping_add(DEATH_WORDS));
         (&raw mut (*at).pending).write_volatile(std::ptr::null_mut());
+    }
+    for word in &header.death {
+        word.word.store(tid | WAITERS, Ordering::Release);
     }
     Ok(())
 }
@@ -122,7 +129,10 @@ pub fn release(header: &WorkerHeader) {
     header.claim.word.store(0, Ordering::Release);
 }
 
+// Loom's atomics have other sizes; nothing is shared with another process there.
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<Node>() == size_of::<LineWord>());
+#[cfg(not(loom))]
 const _: () = assert!(
     std::mem::offset_of!(WorkerHeader, claim)
         == std::mem::offset_of!(WorkerHeader, death) + DEATH_WORDS * size_of::<LineWord>()

@@ -84,7 +84,7 @@ impl Head {
         };
         let bytes = word & 0xFFFF_FFFF;
         let count = (word >> 32) & COUNT_MAX;
-        if bytes % 8 != 0 || bytes + HEAD > published {
+        if !bytes.is_multiple_of(8) || bytes + HEAD > published {
             return Err(Fault::FrameBytes { found: bytes, published, at });
         }
         let sound = match kind {

@@ -5,7 +5,7 @@
 //!
 //! Written by the panic hook and by failing workers; read by the supervisor.
 
-use crate::primitive::{AtomicU32, Ordering};
+use crate::primitive::{AtomicU32, Ordering, fence};
 
 /// Bytes of the page.
 pub const PAGE_BYTES: usize = 4096;
@@ -22,6 +22,8 @@ pub struct LastWords {
     text: [std::cell::UnsafeCell<u8>; TEXT],
 }
 
+// Loom's atomics have other sizes; nothing is shared with another process there.
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<LastWords>() == PAGE_BYTES);
 
 // SAFETY: one thread of one process writes; readers copy bytes that may be torn and treat them as such.
@@ -32,7 +34,9 @@ impl LastWords {
     pub fn write(&self, text: &str) {
         let length = text.len().min(TEXT);
         let version = self.version.load(Ordering::Relaxed) | 1;
-        self.version.store(version, Ordering::Release);
+        self.version.store(version, Ordering::Relaxed);
+        // SYNC last-words: no byte is changed before the version is odd.
+        fence(Ordering::Release);
         for (place, byte) in self.text.iter().zip(&text.as_bytes()[..length]) {
             // SAFETY: this process owns the page and one thread writes it; volatile, for a reader in another process.
             unsafe { place.get().write_volatile(*byte) };
@@ -56,7 +60,9 @@ impl LastWords {
             copy.clear();
             // SAFETY: the page is mapped; volatile, since another process may be writing.
             copy.extend(self.text[..length].iter().map(|byte| unsafe { byte.get().read_volatile() }));
-            if before.is_multiple_of(2) && self.version.load(Ordering::Acquire) == before {
+            // SYNC last-words: the version is looked at again after the last byte.
+            fence(Ordering::Acquire);
+            if before.is_multiple_of(2) && self.version.load(Ordering::Relaxed) == before {
                 break;
             }
         }

@@ -1,9 +1,7 @@
 //! The only door to atomics and fences: the standard library's, or loom's under `--cfg loom`.
 //!
-//! Everything lock-free in Testudo goes through these names (clippy forbids the others), so that the
+//! Everything lock-free in Testudo goes through these names (a test forbids the others), so that the
 //! protocols of `ring` and `wait` can be run under a model checker unchanged.
-
-#![allow(clippy::disallowed_types, reason = "this file is the door")]
 
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};

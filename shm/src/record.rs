@@ -86,6 +86,9 @@ pub trait Record: archived::Archivable + Sized + 'static {
     /// `bytes` were copied from [`Item::bytes`] of this type.
     unsafe fn from_stored(bytes: &[u8]) -> Item<'_, Self>;
 
+    /// The bytes of several plain records in a row; `None` for archived ones.
+    fn bytes_of(values: &[Self]) -> Option<&[u8]>;
+
     /// The whole batch as a slice, where the record is plain.
     fn as_slice(bytes: &[u8]) -> Option<&[Self::View]>;
 
@@ -201,6 +204,14 @@ impl<'a, T: Record> Batch<'a, T> {
         Ok(Self { bytes, count, of: std::marker::PhantomData })
     }
 
+    /// A batch of plain records in ordinary memory; `None` for archived ones, or where memory is aligned for less.
+    #[inline(always)]
+    #[must_use]
+    pub fn of_values(values: &'a [T]) -> Option<Self> {
+        let bytes = T::bytes_of(values)?;
+        Some(Self { bytes, count: values.len(), of: std::marker::PhantomData })
+    }
+
     /// A batch that this process encoded itself, or checked before.
     ///
     /// # Safety
@@ -241,11 +252,15 @@ impl<'a, T: Record> Batch<'a, T> {
     #[must_use]
     pub fn split_at(self, count: usize) -> (Self, Self) {
         let count = count.min(self.count);
-        let mut items = self.iter();
-        for _ in 0..count {
-            items.next();
-        }
-        let (first, second) = self.bytes.split_at(self.bytes.len() - items.rest().len());
+        let at = match T::SIZE {
+            Some(size) => count * size,
+            None => {
+                let mut items = self.iter();
+                items.by_ref().take(count).for_each(drop);
+                self.bytes.len() - items.rest().len()
+            }
+        };
+        let (first, second) = self.bytes.split_at(at);
         let of = std::marker::PhantomData;
         (Self { bytes: first, count, of }, Self { bytes: second, count: self.count - count, of })
     }

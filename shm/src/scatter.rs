@@ -64,21 +64,20 @@ impl<T: Record> Scatter<T> {
     #[inline(always)]
     #[must_use]
     pub fn push(&mut self, lane: usize, item: Item<'_, T>) -> bool {
-        let lane = &mut self.lanes[lane];
-        let left = lane.end.addr() - lane.cursor.addr();
-        if let Some(size) = T::SIZE {
-            if left < size {
-                return false;
+        push_to(&mut self.lanes[lane], item)
+    }
+
+    /// Appends the items of a batch, each to the lane that `lane_of` gives, up to the first that does not fit. Returns
+    /// how many were appended.
+    #[inline(always)]
+    pub fn push_all(&mut self, batch: Batch<'_, T>, mut lane_of: impl FnMut(Item<'_, T>) -> usize) -> usize {
+        let lanes = self.lanes.as_mut_slice();
+        for (index, item) in batch.iter().enumerate() {
+            if !push_to(&mut lanes[lane_of(item)], item) {
+                return index;
             }
-            let from = std::ptr::from_ref(item.view).cast::<u8>();
-            // SAFETY: the lane has room for `size` bytes, and a plain record's view is exactly that many.
-            unsafe { std::ptr::copy_nonoverlapping(from, lane.cursor, size) };
-            lane.cursor = lane.cursor.wrapping_add(size);
-            return true;
         }
-        // SAFETY: cursor..end was reserved by `open_*` and nothing else touches it while the lane is open.
-        let space = unsafe { free_bytes(lane, left) };
-        T::put_item(item, space).is_some_and(|used| lane.advance(used))
+        batch.len()
     }
 
     /// Appends an owned value, encoding it in place; false when it does not fit.
@@ -114,6 +113,25 @@ impl<T: Record> Scatter<T> {
     pub fn pushed(&self, lane: usize) -> usize {
         self.lanes[lane].extent::<T>().1
     }
+}
+
+/// Appends an item at a lane's cursor; false when it does not fit.
+#[inline(always)]
+fn push_to<T: Record>(lane: &mut Lane, item: Item<'_, T>) -> bool {
+    let left = lane.end.addr() - lane.cursor.addr();
+    if let Some(size) = T::SIZE {
+        if left < size {
+            return false;
+        }
+        let from = std::ptr::from_ref(item.view).cast::<u8>();
+        // SAFETY: the lane has room for `size` bytes, and a plain record's view is exactly that many.
+        unsafe { std::ptr::copy_nonoverlapping(from, lane.cursor, size) };
+        lane.cursor = lane.cursor.wrapping_add(size);
+        return true;
+    }
+    // SAFETY: cursor..end was reserved by `open_*` and nothing else touches it while the lane is open.
+    let space = unsafe { free_bytes(lane, left) };
+    T::put_item(item, space).is_some_and(|used| lane.advance(used))
 }
 
 impl Lane {

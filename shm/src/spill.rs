@@ -5,7 +5,8 @@
 //! never wraps. Head and tail are cells, so the spill belongs to the transaction (and to a cut).
 //!
 //! Invariants: bytes at and after the committed tail are free, so they are written without undo; positions are reset to
-//! zero only when the area is empty; its pages are given back only after that reset is committed (R12).
+//! zero only when the area is empty; what lies below the tail is used again, and its pages are given back, only after
+//! that reset is committed (R12).
 //!
 //! Called by the exchange's outlets.
 
@@ -25,6 +26,10 @@ pub struct Spill {
     head: Place<u64>,
     tail: Place<u64>,
     high_water: u64,
+    /// The transaction that last emptied the area, and how far it was filled then: until that commits, a rollback brings
+    /// the bytes below back.
+    emptied: Option<u64>,
+    floor: u64,
 }
 
 /// The area is full: a single record emitted more than it holds.
@@ -52,7 +57,7 @@ impl Spill {
         let head = cells.cell(txn, &format!("{name}/head"), 0u64)?;
         let tail = cells.cell(txn, &format!("{name}/tail"), 0u64)?;
         let high_water = txn.get(tail);
-        Ok(Self { base, len: len as u64, head, tail, high_water })
+        Ok(Self { base, len: len as u64, head, tail, high_water, emptied: None, floor: 0 })
     }
 
     /// True when nothing waits here.
@@ -73,7 +78,8 @@ impl Spill {
     /// # Errors
     /// When the area is full.
     pub fn push<T: Record>(&mut self, txn: &mut Txn, item: Item<'_, T>) -> Result<(), SpillFull> {
-        let tail = txn.get(self.tail);
+        let was_empty = self.is_empty(txn);
+        let tail = if was_empty { self.first_free(txn) } else { txn.get(self.tail) };
         let bytes = T::item_len(item);
         if tail + bytes as u64 > self.len {
             return Err(SpillFull { bytes: self.len });
@@ -85,9 +91,17 @@ impl Spill {
             T::put_item(item, std::slice::from_raw_parts_mut(at, bytes))
         };
         let used = used.ok_or(SpillFull { bytes: self.len })? as u64;
+        if was_empty && tail > 0 {
+            txn.set(self.head, tail);
+        }
         txn.set(self.tail, tail + used);
         self.high_water = self.high_water.max(tail + used);
         Ok(())
+    }
+
+    /// Where an empty area may be written: not where a rollback of the open transaction would bring bytes back.
+    fn first_free(&self, txn: &Txn) -> u64 {
+        if self.emptied == Some(txn.serial()) { self.floor } else { 0 }
     }
 
     /// Up to `limit` of the oldest records (at least one, if there is any), with their bytes for [`Spill::drained`].
@@ -110,6 +124,8 @@ impl Spill {
     pub fn drained(&mut self, txn: &mut Txn, bytes: usize) {
         let head = txn.get(self.head) + bytes as u64;
         if head == txn.get(self.tail) {
+            self.floor = head;
+            self.emptied = Some(txn.serial());
             txn.set(self.head, 0);
             txn.set(self.tail, 0);
         } else {
@@ -144,10 +160,10 @@ impl Spill {
         count
     }
 
-    /// Gives memory back when the spill is empty and was large. Only right after a commit.
+    /// Gives memory back when the spill was large and is empty, as of an earlier commit.
     pub fn trim(&mut self, txn: &Txn) {
-        if self.high_water > KEEP && self.is_empty(txn) {
-            // SAFETY: the area is ours, empty as of the last commit; whole pages of it are dropped.
+        if self.high_water > KEEP && self.is_empty(txn) && self.first_free(txn) == 0 {
+            // SAFETY: the area is ours, empty as of a commit; whole pages of it are dropped.
             unsafe { libc::madvise(self.base.cast(), self.len as usize, libc::MADV_REMOVE) };
             self.high_water = 0;
         }

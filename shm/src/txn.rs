@@ -33,7 +33,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + 'static> Plain for T {}
 /// use testudo_shm::txn::Txn;
 /// let mut memory = vec![0u64; 1024];
 /// let mut txn = Txn::on_heap(memory.as_mut_slice(), 512);
-/// let place = txn.place::<u64>(8);
+/// let place = txn.place::<u64>(4096);
 /// txn.set(place, 7);
 /// txn.commit();
 /// txn.set(place, 8);
@@ -49,6 +49,7 @@ pub struct Txn {
     soft_limit: u64,
     capacity: u64,
     arena_len: u64,
+    serial: u64,
 }
 
 /// The place of a `T` in the arena.
@@ -97,6 +98,7 @@ impl Txn {
             soft_limit: soft_limit as u64,
             capacity: (log_len - 64) as u64,
             arena_len: arena_len as u64,
+            serial: 0,
         };
         txn.len = txn.root().load(Ordering::Acquire).min(txn.capacity);
         txn
@@ -129,6 +131,13 @@ impl Txn {
     #[must_use]
     pub fn logged(&self) -> u64 {
         self.len
+    }
+
+    /// Number of the open transaction, in this process: tells what was changed in it from what is committed.
+    #[inline(always)]
+    #[must_use]
+    pub fn serial(&self) -> u64 {
+        self.serial
     }
 
     /// True when the step should end at the next record boundary: three quarters of the log's normal size are used.
@@ -252,13 +261,21 @@ impl Txn {
         self.root().store(0, Ordering::Relaxed);
         compiler_fence(Ordering::SeqCst);
         self.len = 0;
+        self.serial += 1;
+    }
+
+    /// Whether a range of the arena touches the log itself, which no entry can have been made from.
+    fn is_log(&self, offset: u64, bytes: u64) -> bool {
+        let from = self.base.addr().get() as u64 + offset;
+        let log = self.root.addr().get() as u64;
+        from < log + 64 + self.capacity && log < from + bytes
     }
 
     /// Puts back everything since the last commit, newest first, then empties the log. Idempotent: a crash anywhere in
     /// here leaves a log that can be rolled back again.
     ///
-    /// Returns the number of entries undone. An entry that points outside the arena (the memory was damaged by what
-    /// killed the process) ends the walk with `Err` and leaves the log as it is.
+    /// Returns the number of entries undone. An entry that points outside the arena or into the log (the memory was
+    /// damaged by what killed the process) ends the walk with `Err` and leaves the log as it is.
     ///
     /// # Errors
     /// The offending header word.
@@ -281,7 +298,7 @@ impl Txn {
             let head = unsafe { self.entries.as_ptr().add(at as usize - 8).cast::<u64>().read() };
             let (offset, bytes) = (head >> 16, head & 0xFFFF);
             let padded = (bytes + 7) & !7;
-            if offset + bytes > self.arena_len || padded + 8 > at {
+            if offset + bytes > self.arena_len || padded + 8 > at || self.is_log(offset, bytes) {
                 return Err(head);
             }
             // SAFETY: both ranges were checked; the entry was made from a writable range of this worker.
@@ -298,6 +315,7 @@ impl Txn {
         self.root().store(0, Ordering::Release);
         compiler_fence(Ordering::SeqCst);
         self.len = 0;
+        self.serial += 1;
         Ok(undone)
     }
 }

@@ -27,7 +27,6 @@ use std::time::Duration;
 pub const FUTEX_WAITV_MAX: usize = 128;
 
 const FUTEX2_SIZE_U32: u32 = 2;
-const FUTEX2_PRIVATE: u32 = 128;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -45,8 +44,6 @@ pub struct WaitWord<'a> {
     pub word: &'a AtomicU32,
     /// Sleep only while it has this value.
     pub value: u32,
-    /// True for a word of this process alone.
-    pub private: bool,
 }
 
 /// Sleeps until one of the words differs from its value, is woken, or `timeout` passes. May wake early.
@@ -56,7 +53,7 @@ pub fn wait_any(words: &[WaitWord<'_>], timeout: Option<Duration>) {
     for (slot, word) in list.iter_mut().zip(words) {
         slot.value = u64::from(word.value);
         slot.address = std::ptr::from_ref(word.word).addr() as u64;
-        slot.flags = FUTEX2_SIZE_U32 | if word.private { FUTEX2_PRIVATE } else { 0 };
+        slot.flags = FUTEX2_SIZE_U32;
     }
     let deadline = timeout.map(|timeout| {
         let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };

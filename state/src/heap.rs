@@ -60,6 +60,10 @@ pub(crate) struct Block {
     pub(crate) zeroed: bool,
 }
 
+/// Blocks of these sizes get their pages at once; larger ones would stop the step for too long.
+const POPULATED_MIN: u64 = 64 << 10;
+const POPULATED_MAX: u64 = 1 << 20;
+
 /// The class that holds `bytes`.
 fn class_of(bytes: u64) -> usize {
     (bytes.max(1).next_power_of_two().trailing_zeros().max(SMALLEST_LOG2) - SMALLEST_LOG2) as usize
@@ -183,6 +187,9 @@ impl Shared {
         if end > touched {
             // Not undone: the memory below is dirty whether or not the step commits.
             seg.write_fresh(txn, touched_at, end);
+            if (POPULATED_MIN..=POPULATED_MAX).contains(&size) {
+                seg.populate(at, size);
+            }
         }
         Ok(Block { at, zeroed: at >= touched })
     }

@@ -19,6 +19,8 @@ pub mod group;
 
 mod heap;
 
+mod line;
+
 mod slots;
 
 pub mod table;

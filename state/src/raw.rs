@@ -99,6 +99,18 @@ impl Seg {
         }
     }
 
+    /// Asks the kernel for the pages of a range at once, which costs a quarter of taking a fault for each. Without
+    /// effect where it cannot (before Linux 5.14): then they come one by one.
+    pub(crate) fn populate(self, at: u64, bytes: u64) {
+        let place = self.range(at, bytes as usize);
+        // SAFETY: advice on a range of our own mapping; contents do not change.
+        unsafe {
+            let page = place.map_addr(|address| address & !4095);
+            let length = bytes as usize + (place.addr() - page.addr());
+            libc::madvise(page.cast(), length, libc::MADV_POPULATE_WRITE);
+        }
+    }
+
     /// Zeroes memory that nothing committed refers to.
     pub(crate) fn zero(self, txn: &mut Txn, at: u64, bytes: usize) {
         let place = self.range(at, bytes);

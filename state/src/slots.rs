@@ -26,6 +26,7 @@
 use crate::error::StateError;
 use crate::group::{Opened, Shared};
 use crate::key::KeyHash;
+use crate::line::find_in_line;
 use crate::raw::Seg;
 use std::marker::PhantomData;
 use std::mem::offset_of;
@@ -35,18 +36,21 @@ use testudo_shm::hash::key_hash;
 use testudo_shm::primitive;
 use testudo_shm::txn::Txn;
 
-const CAPACITY_MIN: u64 = 16;
+/// Slots of a group's first table: a multiple of any `LINE`.
+const CAPACITY_MIN: u64 = 64;
 /// Old slots moved per insert while growing: growth ends after a sixteenth of the old capacity in
 /// inserts.
 const MOVED_AT_ONCE: u64 = 16;
 /// Slots examined by one call of `scan`, per entry asked for.
 const SCANNED_PER_ENTRY: u64 = 64;
-/// Slots passed without a branch; one more is then looked at.
-const GLANCED: usize = 2;
 const KEY_BYTES_MAX: usize = 4096;
 
-/// What every group without a table points to: one empty slot.
-static NOTHING: [u64; KEY_BYTES_MAX / 8] = [0; KEY_BYTES_MAX / 8];
+/// A cache line's alignment, as arrays of slots have it: lookups load whole lines at once.
+#[repr(C, align(64))]
+struct Nothing([u64; KEY_BYTES_MAX / 8]);
+
+/// What every group without a table points to: one line of empty slots.
+static NOTHING: Nothing = Nothing([0; KEY_BYTES_MAX / 8]);
 
 /// Form of a table's slots.
 pub(crate) trait Shape: 'static {
@@ -85,10 +89,11 @@ pub(crate) trait Shape: 'static {
     /// Heap blocks hang off the slots, so a table cannot be dropped by freeing its array alone.
     const HAS_BLOCKS: bool =
         Self::KEY.is_none() || Self::VALUE_IN_HEAP || Self::PREFIX_IN_HEAP.is_some();
-    /// The line of the byte this far behind the home is asked for too: the key often lies in the
-    /// next slots, and a quarter of the homes end a line.
-    const PREFETCHED_TO: usize =
-        if Self::SLOT * (GLANCED + 1) < 64 { Self::SLOT * (GLANCED + 1) } else { 64 };
+    /// Slots that share a cache line as a key's home; 1 where slots do not divide a line.
+    const LINE: usize =
+        if Self::SLOT.is_power_of_two() && Self::SLOT < 64 { 64 / Self::SLOT } else { 1 };
+    /// The line of the byte this far behind the home is asked for too, where slots straddle lines.
+    const PREFETCHED_TO: usize = if Self::LINE > 1 { 0 } else { 63 };
     /// Offset of the key's bytes in a key block.
     const KEY_IN_BLOCK: u64 = 8 + Self::PREFIX as u64;
 }
@@ -157,7 +162,7 @@ const _: () = assert!(size_of::<Desc>() == 64);
 impl Desc {
     fn nothing() -> Self {
         Self {
-            slots: NOTHING.as_ptr().cast_mut().cast(),
+            slots: NOTHING.0.as_ptr().cast_mut().cast(),
             mask: 0,
             old: std::ptr::null_mut(),
             old_mask: 0,
@@ -206,11 +211,13 @@ unsafe fn is_zero<S: Shape>(at: *const u8) -> bool {
     }
 }
 
-/// First slot to look at, before masking. Archived keys lose the lowest bit of their hash to the
-/// tag.
+/// First slot to look at, before masking: the first one of a cache line, so that a lookup mostly
+/// needs that line alone and can compare all of it at once. Archived keys lose the lowest bit of
+/// their hash to the tag.
 #[inline(always)]
 fn home<S: Shape>(hash: u64) -> u64 {
-    if S::KEY.is_some() { hash } else { hash >> 1 }
+    let hash = if S::KEY.is_some() { hash } else { hash >> 1 };
+    hash & !(S::LINE as u64 - 1)
 }
 
 /// Whether a filled slot holds this key.
@@ -231,25 +238,31 @@ unsafe fn holds<S: Shape>(slot: *const u8, base: *const u8, hash: u64, key: &[u8
     }
 }
 
-/// As `probe`, for small plain keys: looks at the first slots without a branch between them, since
-/// a branch on how far a key lies from its home is mispredicted a third of the time. `None` says to
-/// `probe`.
+/// As `probe`, for small plain keys: compares all slots of the home line without a branch, since a
+/// branch on how far a key lies from its home is mispredicted a third of the time, and without one
+/// comparison waiting for another. `None` says to `probe`.
 #[inline(always)]
 unsafe fn glance<S: Shape>(slots: *mut u8, mask: u64, hash: u64, key: &[u8]) -> Option<*mut u8> {
-    if S::KEY.is_none() || S::KEY_BYTES == 0 || S::KEY_BYTES > 16 {
+    if S::KEY.is_none() || S::KEY_BYTES == 0 || S::KEY_BYTES > 16 || S::LINE > 8 {
         return None;
     }
-    // SAFETY: the index is masked; `key` has KEY_BYTES bytes. Empty slots hold zeros, which no key
-    // looked for here is.
+    // SAFETY: homes begin lines of LINE slots, of which the array is a multiple; `key` has KEY_BYTES
+    // bytes. Empty slots hold zeros, which no key looked for here is.
     unsafe {
-        let mut index = home::<S>(hash) & mask;
-        for _ in 0..GLANCED {
-            let slot = slots.add(index as usize * S::SLOT);
-            index = (index + u64::from(!holds::<S>(slot, slot, hash, key))) & mask;
+        let line = slots.add((home::<S>(hash) & mask) as usize * S::SLOT);
+        if S::KEY_BYTES == 8 && S::SLOT == 16 && S::KEY_ALIGN == 8 {
+            let wanted = key.as_ptr().cast::<u64>().read_unaligned();
+            let place = find_in_line(line, wanted);
+            return (place < 4 && wanted != 0).then(|| line.add(place as usize * 16));
         }
-        let slot = slots.add(index as usize * S::SLOT);
-        let found = holds::<S>(slot, slot, hash, key) && !is_zero::<S>(key.as_ptr());
-        found.then_some(slot)
+        let (mut place, mut found) = (0, false);
+        for index in 0..S::LINE {
+            let slot = line.add(index * S::SLOT);
+            let is_here = holds::<S>(slot, slot, hash, key);
+            place |= usize::from(is_here) * index;
+            found |= is_here;
+        }
+        (found && !is_zero::<S>(key.as_ptr())).then_some(line.add(place * S::SLOT))
     }
 }
 
@@ -377,7 +390,9 @@ impl<S: Shape> Slots<S> {
         let at = home::<S>(hash);
         let slot = desc.slots.wrapping_add((at & desc.mask) as usize * S::SLOT);
         primitive::prefetch(slot);
-        primitive::prefetch(slot.wrapping_add(S::PREFETCHED_TO));
+        if S::PREFETCHED_TO > 0 {
+            primitive::prefetch(slot.wrapping_add(S::PREFETCHED_TO));
+        }
         if !desc.old.is_null() {
             primitive::prefetch(desc.old.wrapping_add((at & desc.old_mask) as usize * S::SLOT));
         }

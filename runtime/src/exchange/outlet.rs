@@ -11,17 +11,17 @@
 use super::route::Route;
 use crate::error::Error;
 use crate::operator::{Intake, Push};
-use crate::worker::context::Cx;
+use crate::worker::context::{CounterPlace, Cx};
 use std::cell::RefCell;
 use std::rc::Rc;
 use testudo_shm::frame::Mark;
-use testudo_shm::record::{Item, Record};
+use testudo_shm::record::{Batch, Item, Record, Scratch};
 use testudo_shm::scatter::Scatter;
 use testudo_shm::spill::Spill;
 use testudo_shm::txn::Place;
 
 /// Records of one batch that an outlet wants room for.
-pub(crate) const BATCH: usize = 1024;
+pub(crate) const BATCH: usize = 512;
 
 /// Bytes kept open for archived records, whose size is not known before.
 const ARCHIVED_BYTES: usize = 32 << 10;
@@ -47,6 +47,8 @@ pub struct Outlet<T: Record, R> {
     pub(crate) watermark: Place<i64>,
     pub(crate) marked: Vec<i64>,
     pub(crate) ended: Place<u64>,
+    /// Records dropped because their consumer was dead.
+    pub(crate) dropped: CounterPlace,
 }
 
 impl<T: Record, R: Route<T>> Outlet<T, R> {
@@ -88,6 +90,15 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
         }
     }
 
+    /// As `overflow`, for a plain record. It takes a copy, so that the hot path never needs the record's address and the
+    /// compiler can keep its fields in registers from the operator before to the ring.
+    #[cold]
+    #[inline(never)]
+    fn overflow_plain(&mut self, cx: &mut Cx, lane: usize, value: T) {
+        let mut unused = Scratch::default();
+        self.overflow(cx, lane, value.item(&mut unused));
+    }
+
     /// What did not fit: close the frame, try the rest of the ring, else spill.
     #[cold]
     #[inline(never)]
@@ -119,6 +130,9 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
                 self.close_lane(cx, lane);
             }
         }
+        if self.drops(cx, lane) {
+            return cx.count(self.dropped, 1);
+        }
         if let Err(full) = self.spills[lane].push(&mut cx.txn, item) {
             cx.fail(Error::job(
                 &self.name,
@@ -127,6 +141,14 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
                     full.bytes
                 ),
             ));
+        }
+    }
+
+    /// Whether what does not fit into a lane is dropped.
+    fn drops(&self, cx: &Cx, lane: usize) -> bool {
+        match self.lanes[lane] {
+            Lane::Ring(index) => cx.out_rings[index].drops(),
+            Lane::Local { .. } => false,
         }
     }
 
@@ -144,7 +166,11 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
     #[inline(always)]
     fn push_lane(&mut self, cx: &mut Cx, lane: usize, item: Item<'_, T>) {
         if !self.scatter.push(lane, item) {
-            self.overflow(cx, lane, item);
+            if T::SIZE.is_some() {
+                self.overflow_plain(cx, lane, <T as Record>::to_owned(item.view));
+            } else {
+                self.overflow(cx, lane, item);
+            }
         }
     }
 
@@ -223,6 +249,27 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
         }
     }
 
+    #[inline]
+    fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
+        if R::BROADCAST || T::SIZE.is_none() {
+            return batch.iter().for_each(|item| self.push(cx, item));
+        }
+        if !self.is_open {
+            self.open(cx);
+        }
+        let mut rest = batch;
+        loop {
+            let (scatter, route) = (&mut self.scatter, &mut self.route);
+            let pushed = scatter.push_all(rest, |item| route.lane(item));
+            let (refused, after) = rest.split_at(pushed).1.split_at(1);
+            let Some(item) = refused.iter().next() else {
+                return;
+            };
+            self.push(cx, item);
+            rest = after;
+        }
+    }
+
     fn end_batch(&mut self, cx: &mut Cx) {
         if self.is_open {
             self.is_open = false;
@@ -249,8 +296,9 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
             room = room.min(match lane {
                 Lane::Local { intake, .. } => intake.borrow_mut().room(cx),
                 Lane::Ring(index) => {
-                    let ring = &mut cx.out_rings[*index].ring;
-                    ring.room(Self::BYTES) / T::SIZE.unwrap_or(ARCHIVED_GUESS).max(1)
+                    let out = &mut cx.out_rings[*index];
+                    let room = out.ring.room(Self::BYTES) / T::SIZE.unwrap_or(ARCHIVED_GUESS).max(1);
+                    if room == 0 && out.drops() { BATCH } else { room }
                 }
             });
         }

@@ -139,7 +139,6 @@ pub(crate) fn keyed_parts<K: Record, F>(at: &Attach, operator: usize, key: KeyFn
         name: at.operator_name(operator),
         key,
         scratch: Scratch::default(),
-        hashes: Vec::new(),
         of: PhantomData,
     }
 }

@@ -13,37 +13,56 @@ use std::rc::Rc;
 use testudo_shm::record::{Batch, Item, Record, Scratch};
 use testudo_state::{KeyHash, Table};
 
-/// Records whose slots are prefetched ahead.
-const AHEAD: usize = 256;
+/// Records whose slots are asked for ahead of their use: enough to cover a miss to memory, few enough to stay in the
+/// nearest cache.
+const AHEAD: usize = 32;
 
 /// The parts of a keyed operator that do not depend on what it does.
 pub struct KeyedParts<K, F> {
     pub(crate) name: String,
     pub(crate) key: F,
     pub(crate) scratch: Scratch,
-    pub(crate) hashes: Vec<KeyHash>,
     pub(crate) of: PhantomData<fn() -> K>,
 }
 
 impl<K: Record, F> KeyedParts<K, Rc<F>> {
-    /// Hashes the keys of a run of records, telling each hash to `seen` (which prefetches).
+    /// The hash of a record's key.
     #[inline(always)]
-    pub(crate) fn hash_all<T: Record>(&mut self, batch: Batch<'_, T>, mut seen: impl FnMut(KeyHash))
+    pub(crate) fn hash<T: Record>(&mut self, item: Item<'_, T>) -> KeyHash
     where
         F: Fn(&T::View) -> K,
     {
-        self.hashes.clear();
-        for item in batch {
-            let key = (self.key)(item.view);
-            let hash = KeyHash::of(key.item(&mut self.scratch));
-            self.hashes.push(hash);
-            seen(hash);
-        }
+        let key = (self.key)(item.view);
+        KeyHash::of(key.item(&mut self.scratch))
     }
 
     #[cold]
     pub(crate) fn fail(&self, cx: &mut Cx, error: &testudo_state::StateError) {
         cx.fail(Error::job(&self.name, error.to_string()));
+    }
+}
+
+/// Calls `apply` for each record of a batch, `ask` (which hashes the key and prefetches its slot) running `AHEAD`
+/// records before it: memory is waited for while earlier records are processed.
+#[inline(always)]
+pub(crate) fn pipelined<T: Record, O>(
+    operator: &mut O,
+    batch: Batch<'_, T>,
+    mut ask: impl FnMut(&mut O, Item<'_, T>) -> KeyHash,
+    mut apply: impl FnMut(&mut O, KeyHash, Item<'_, T>),
+) {
+    let mut hashes = [KeyHash(0); AHEAD];
+    let mut ahead = batch.iter();
+    for (hash, item) in hashes.iter_mut().zip(ahead.by_ref()) {
+        *hash = ask(operator, item);
+    }
+    for (index, item) in batch.iter().enumerate() {
+        let place = &mut hashes[index % AHEAD];
+        let hash = *place;
+        if let Some(later) = ahead.next() {
+            *place = ask(operator, later);
+        }
+        apply(operator, hash, item);
     }
 }
 
@@ -107,17 +126,12 @@ where
 
     #[inline]
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        let mut rest = batch;
-        while !rest.is_empty() {
-            let (run, after) = rest.split_at(AHEAD);
-            let table = &self.table;
-            self.keyed.hash_all(run, |hash| table.prefetch(hash));
-            for (index, item) in run.iter().enumerate() {
-                let hash = self.keyed.hashes[index];
-                self.apply(cx, hash, item);
-            }
-            rest = after;
-        }
+        let ask = |this: &mut Self, item: Item<'_, T>| {
+            let hash = this.keyed.hash(item);
+            this.table.prefetch(hash);
+            hash
+        };
+        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
     }
 
     hand_on!(end_batch, watermark, room, pump, save, end);
@@ -174,17 +188,12 @@ where
     }
 
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        let mut rest = batch;
-        while !rest.is_empty() {
-            let (run, after) = rest.split_at(AHEAD);
-            let table = &self.table;
-            self.keyed.hash_all(run, |hash| table.prefetch(hash));
-            for (index, item) in run.iter().enumerate() {
-                let hash = self.keyed.hashes[index];
-                self.apply(cx, hash, item);
-            }
-            rest = after;
-        }
+        let ask = |this: &mut Self, item: Item<'_, T>| {
+            let hash = this.keyed.hash(item);
+            this.table.prefetch(hash);
+            hash
+        };
+        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
     }
 
     hand_on!(end_batch, watermark, room, pump, save, end);

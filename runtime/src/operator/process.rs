@@ -71,6 +71,9 @@ impl<K: Record> Declare<'_, K> {
     }
 }
 
+/// The last time a timer can have: `i64::MAX` itself stands for "no timer" in state.
+pub const LAST_TIME: i64 = i64::MAX - 1;
+
 /// What user code sees besides the record: the key, its state and timers, the time, the output.
 pub struct ProcessContext<'a, K: Record, U> {
     cx: &'a mut Cx,
@@ -200,14 +203,16 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
     }
 
     /// Sets a timer for the key: `on_timer` is called with this time once the watermark has reached it. The same time
-    /// twice is one timer.
+    /// twice is one timer. [`LAST_TIME`] and anything later fires at the end of input, with that time.
     pub fn set_timer(&mut self, time: i64) {
+        let time = time.min(LAST_TIME);
         let done = self.timers.register(&mut self.cx.txn, self.hash, self.key, time);
         self.check(done);
     }
 
     /// Takes a timer back.
     pub fn delete_timer(&mut self, time: i64) {
+        let time = time.min(LAST_TIME);
         let done = self.timers.delete(&mut self.cx.txn, self.hash, self.key, time);
         self.check(done);
     }

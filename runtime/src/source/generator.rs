@@ -27,9 +27,14 @@ impl<T: Record, F: Fn(u64) -> T + 'static> Generator<T, F> {
     }
 }
 
+/// Records made before they are emitted together: making and routing are two tight loops then, not one wide one.
+const BLOCK: u64 = 64;
+
 /// Reads one subtask's numbers.
 #[derive(Debug)]
-pub struct GeneratorReader<F> {
+pub struct GeneratorReader<T, F> {
+    /// Records made and not yet emitted: always none between two reads.
+    block: Vec<T>,
     total: u64,
     step: u64,
     make: Arc<F>,
@@ -38,7 +43,7 @@ pub struct GeneratorReader<F> {
 impl<T: Record, F: Fn(u64) -> T + 'static> Source for Generator<T, F> {
     type Out = T;
     type Position = u64;
-    type Reader = GeneratorReader<F>;
+    type Reader = GeneratorReader<T, F>;
 
     fn start(&self, subtask: Subtask) -> u64 {
         subtask.index as u64
@@ -46,7 +51,8 @@ impl<T: Record, F: Fn(u64) -> T + 'static> Source for Generator<T, F> {
 
     fn open(&self, subtask: Subtask, _from: &u64) -> Result<Self::Reader, String> {
         let make = Arc::clone(&self.make);
-        Ok(GeneratorReader { total: self.total, step: subtask.count as u64, make })
+        let block = Vec::with_capacity(BLOCK as usize);
+        Ok(GeneratorReader { block, total: self.total, step: subtask.count as u64, make })
     }
 
     fn configure(&mut self, _survey: &str, wishes: &Wishes) -> Result<bool, String> {
@@ -55,7 +61,7 @@ impl<T: Record, F: Fn(u64) -> T + 'static> Source for Generator<T, F> {
     }
 }
 
-impl<T: Record, F: Fn(u64) -> T + 'static> Reader<T, u64> for GeneratorReader<F> {
+impl<T: Record, F: Fn(u64) -> T + 'static> Reader<T, u64> for GeneratorReader<T, F> {
     #[inline]
     fn read(
         &mut self,
@@ -65,12 +71,14 @@ impl<T: Record, F: Fn(u64) -> T + 'static> Reader<T, u64> for GeneratorReader<F>
     ) -> Result<Progress, String> {
         let left = self.total.saturating_sub(*position).div_ceil(self.step);
         let count = left.min(max as u64);
-        let mut n = *position;
-        for _ in 0..count {
-            out.emit((self.make)(n));
-            n += self.step;
+        let (first, step) = (*position, self.step);
+        for block in (0..count).step_by(BLOCK as usize) {
+            self.block.clear();
+            let numbers = block..(block + BLOCK).min(count);
+            self.block.extend(numbers.map(|index| (self.make)(first + index * step)));
+            out.emit_all(&self.block);
         }
-        *position = n;
+        *position = first + count * step;
         Ok(if count == left { Progress::End } else { Progress::More })
     }
 }

@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::operator::{Push, Stage};
 use crate::worker::context::{CounterPlace, Cx};
 use std::marker::PhantomData;
-use testudo_shm::record::Record;
+use testudo_shm::record::{Batch, Record};
 use testudo_shm::txn::{Place, Plain};
 
 const READING: u64 = 0;
@@ -84,6 +84,15 @@ impl<T: Record, N: Push<T>> Collect<T> for Collector<'_, T, N> {
     fn emit(&mut self, value: T) {
         self.emitted += 1;
         self.next.push_value(self.cx, &value);
+    }
+
+    #[inline(always)]
+    fn emit_all(&mut self, values: &[T]) {
+        self.emitted += values.len();
+        match Batch::of_values(values) {
+            Some(batch) => self.next.push_batch(self.cx, batch),
+            None => values.iter().for_each(|value| self.next.push_value(self.cx, value)),
+        }
     }
 
     fn reject(&mut self, description: String) {

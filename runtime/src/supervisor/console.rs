@@ -223,9 +223,9 @@ impl Pump {
             }
             return;
         }
-        let mut words = vec![WaitWord { word: &self.status.lines, value: seen, private: true }];
+        let mut words = vec![WaitWord { word: &self.status.lines, value: seen }];
         for ((bell, _), value) in self.bells.iter().zip(values) {
-            words.push(WaitWord { word: bell, value: *value, private: false });
+            words.push(WaitWord { word: bell, value: *value });
         }
         wait::wait_any(&words, timeout);
     }

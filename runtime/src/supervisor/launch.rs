@@ -13,7 +13,7 @@ use super::recover::Crew;
 use super::report::Report;
 use super::spawn::Spawner;
 use super::watch::{Events, Watch, event_fd};
-use crate::config::{Completeness, Settings};
+use crate::config::Settings;
 use crate::error::Error;
 use crate::flow::Flow;
 use crate::plan::Plan;
@@ -393,19 +393,14 @@ impl Play<'_> {
             }
             progress.show(self.crew.restarts.len());
             let mut words = Vec::with_capacity(values.len() + 1);
-            words.push(WaitWord { word: &events.word, value: seen, private: true });
+            words.push(WaitWord { word: &events.word, value: seen });
             for (worker, value) in values {
                 let word = &self.scene.workers[worker].death[0].word;
-                words.push(WaitWord { word, value, private: false });
+                words.push(WaitWord { word, value });
             }
             wait::wait_any(&words, Some(self.crew.patience().unwrap_or(TICK).min(TICK)));
         }
     }
-}
-
-/// Whether producers may drop records for dead consumers.
-pub(crate) fn may_drop(settings: &Settings) -> bool {
-    settings.completeness == Completeness::Partial
 }
 
 /// The supervisor's ends of the rings from standard input and to standard output.

@@ -43,6 +43,19 @@ struct Member {
     recovering: Option<usize>,
 }
 
+/// What a worker gave up with, as an error of the operator that it names.
+fn failure(worker: usize, words: &str) -> Error {
+    match words.strip_prefix("operator ").and_then(|words| words.split_once(": ")) {
+        Some((name, message)) => Error::job(&format!("{name} (worker {worker})"), message),
+        None => Error::job(&format!("(worker {worker})"), words),
+    }
+}
+
+/// A worker could not even begin: it has no page for its last words yet.
+fn unfit(worker: usize) -> Error {
+    Error::Plan(format!("worker {worker} could not begin; it says why above"))
+}
+
 /// All workers of a job.
 #[derive(Debug)]
 pub(crate) struct Crew<'a> {
@@ -140,7 +153,7 @@ impl<'a> Crew<'a> {
         if failed || exit == Some(Exit::Code(EXIT_FAILED)) {
             let words = self.last_words(worker);
             let _ = exit.or_else(|| reap(child.pid, true));
-            return Err(Error::job(&format!("(worker {worker})"), words));
+            return Err(if failed { failure(worker, &words) } else { unfit(worker) });
         }
         let member = &mut self.members[worker];
         let commits = header.commits.load(Ordering::Acquire);

@@ -227,7 +227,8 @@ where
         }
         let watermark = cx.txn.get(self.cells.watermark);
         while let Some(&oldest) = self.store.open.first() {
-            let end = self.window.next_end(cx.txn.get(self.cells.fired), oldest);
+            let (fired, passed) = (cx.txn.get(self.cells.fired), cx.txn.get(self.cells.passed));
+            let end = self.window.next_end(fired, passed, oldest);
             if end > watermark {
                 break;
             }

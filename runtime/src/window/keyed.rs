@@ -10,7 +10,7 @@
 
 use super::{Bounds, Window};
 use crate::operator::Push;
-use crate::operator::aggregate::KeyedParts;
+use crate::operator::aggregate::{KeyedParts, pipelined};
 use crate::worker::context::{CounterPlace, Cx};
 use std::marker::PhantomData;
 use std::ops::ControlFlow;
@@ -18,9 +18,6 @@ use std::rc::Rc;
 use testudo_shm::record::{Batch, Item, Record};
 use testudo_shm::txn::Place;
 use testudo_state::{Groups, KeyHash, Slices};
-
-/// Records whose slots are prefetched ahead.
-const AHEAD: usize = 256;
 
 /// Slots of dropped slices looked at for freeing in one call.
 const SWEEP: u64 = 512;
@@ -146,7 +143,8 @@ where
     /// End of the next window that the watermark makes fire.
     fn due(&self, cx: &Cx) -> Option<i64> {
         let oldest = self.slices.oldest()?;
-        let end = self.window.next_end(cx.txn.get(self.cells.fired), oldest);
+        let (fired, passed) = (cx.txn.get(self.cells.fired), cx.txn.get(self.cells.passed));
+        let end = self.window.next_end(fired, passed, oldest);
         (end <= cx.txn.get(self.cells.watermark)).then_some(end)
     }
 
@@ -267,17 +265,12 @@ where
     }
 
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        let mut rest = batch;
-        while !rest.is_empty() {
-            let (run, after) = rest.split_at(AHEAD);
-            let (slices, good) = (&self.slices, self.good.0);
-            self.keyed.hash_all(run, |hash| slices.prefetch(good, hash));
-            for (index, item) in run.iter().enumerate() {
-                let hash = self.keyed.hashes[index];
-                self.apply(cx, hash, item);
-            }
-            rest = after;
-        }
+        let ask = |this: &mut Self, item: Item<'_, T>| {
+            let hash = this.keyed.hash(item);
+            this.slices.prefetch(this.good.0, hash);
+            hash
+        };
+        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
     }
 
     fn end_batch(&mut self, cx: &mut Cx) {

@@ -15,7 +15,8 @@ use super::StageRef;
 use super::context::{CounterPlace, Cx, InRing, OutRing};
 use super::entry::Role;
 use super::idle::Peer;
-use crate::config::Settings;
+use super::step;
+use crate::config::{Completeness, Settings};
 use crate::error::Error;
 use crate::exchange::inlet::Channel;
 use crate::exchange::outlet::{Lane, Outlet};
@@ -38,7 +39,7 @@ use testudo_shm::consumer::Consumer;
 use testudo_shm::death;
 use testudo_shm::header::{self, ControlHeader, WorkerHeader, WorkerState};
 use testudo_shm::last_words::LastWords;
-use testudo_shm::primitive::Ordering;
+use testudo_shm::primitive::{AtomicU32, Ordering};
 use testudo_shm::producer::Producer;
 use testudo_shm::record::Record;
 use testudo_shm::ring::RingParts;
@@ -92,7 +93,7 @@ impl Attach {
     ) -> Result<(Worker, Vec<StageRef>), Error> {
         let plan = Rc::new(Plan::new(&flow.draft.borrow(), &flow.settings)?);
         if plan.hash != description.plan {
-            return Err(Error::Machine(format!(
+            return Err(Error::Plan(format!(
                 "this process plans another job ({:016x}) than its supervisor ({:016x}): \
                  the flow must depend on the options alone",
                 plan.hash, description.plan
@@ -113,6 +114,25 @@ impl Attach {
         death::claim(own, || point(Point::Claimed))
             .map_err(|error| Error::Machine(error.to_string()))?;
         announce(own, worker, description);
+        let words = last_words(arena, segment.at);
+        words.clear();
+        // A successor would fail in the same way: the job ends, and these are the words that it ends with.
+        Self::take_over(role, description, flow, plan, arena, own, control)
+            .or_else(|error| step::give_up(own, words, &error))
+    }
+
+    /// The segment is ours: rolls back, opens what is there and publishes it again.
+    fn take_over(
+        role: Role,
+        description: &Description,
+        flow: &Flow,
+        plan: Rc<Plan>,
+        arena: &'static Arena,
+        own: &'static WorkerHeader,
+        control: &'static ControlHeader,
+    ) -> Result<(Worker, Vec<StageRef>), Error> {
+        let worker = role.worker;
+        let segment = &plan.layout.segments[worker];
         let mut txn = attach_txn(arena, segment.at + segment.log);
         let undone = txn.roll_back_with(|| point(Point::RollingBack)).map_err(|word| {
             Error::Machine(format!("the undo log of worker {worker} is damaged (word {word:#x})"))
@@ -189,7 +209,8 @@ impl Attach {
             let position = self.cx.txn.get(cell);
             // SAFETY: mapped by `map_segments` for good; the claim makes this the only live producer.
             let end = unsafe { Producer::attach(self.parts(ring), position) };
-            let out = OutRing { ring: end, cell, committed: position, peer: ring.to, name };
+            let death = self.death_word(ring.to);
+            let out = OutRing { ring: end, cell, committed: position, peer: ring.to, death, name };
             self.cx.out_rings.push(out);
         }
         for ring in plan.layout.rings.iter().filter(|ring| ring.to == worker) {
@@ -209,6 +230,17 @@ impl Attach {
             });
         }
         Ok(())
+    }
+
+    /// The death word of a consumer for which records may be dropped.
+    fn death_word(&self, process: usize) -> Option<&'static AtomicU32> {
+        let is_partial = self.settings.completeness == Completeness::Partial;
+        if !is_partial || process == self.plan.supervisor() {
+            return None;
+        }
+        let at = self.arena.at(self.plan.layout.segments[process].at);
+        // SAFETY: the fronts of all workers are mapped for good and begin with their header.
+        Some(unsafe { &header::at::<WorkerHeader>(at).death[0].word })
     }
 
     fn parts(&self, ring: &RingPlan) -> RingParts {
@@ -251,6 +283,13 @@ impl Attach {
         let position = CounterKind::ALL.iter().position(|other| *other == kind).unwrap_or(0);
         let label = format!("{}/{}", self.plan.operators[operator].uid(), kind.label());
         self.counter_at(operator * CounterKind::ALL.len() + position, &label)
+    }
+
+    /// A counter of an edge: that of the last operator before it.
+    fn edge_counter(&mut self, edge: usize, kind: CounterKind) -> CounterPlace {
+        let from = self.plan.edges[edge].from;
+        let before = self.plan.operators.iter().rposition(|operator| Some(operator.stage) == from);
+        self.counter(before.unwrap_or(0), kind)
     }
 
     fn counter_at(&mut self, index: usize, label: &str) -> CounterPlace {
@@ -336,6 +375,7 @@ impl Attach {
             is_open: false,
             watermark: self.named_cell(&format!("{name}/watermark"), i64::MIN)?,
             ended: self.named_cell(&format!("{name}/ended"), 0u64)?,
+            dropped: self.edge_counter(edge, CounterKind::Dropped),
             name: format!("exchange to {}", edge_target(&plan, edge)),
         })
     }
@@ -404,11 +444,15 @@ impl Attach {
         let (Some(laid), Some(state)) = (laid, spec.state) else {
             return Err(Error::Plan(format!("operator {} declared no state", spec.name)));
         };
-        let groups = Groups::new(&spec.name, laid.groups as u32, state.schema, Rc::clone(&self.gauge));
+        // State by subtask is one group, whatever the key: each subtask's is whole in itself.
+        let is_whole = state.grouping == Grouping::BySubtask;
+        let count = if is_whole { 1 } else { laid.groups as u32 };
+        let groups = Groups::new(&spec.name, count, state.schema, Rc::clone(&self.gauge));
         for group in held_groups(&plan, laid.operator, laid.groups, self.worker) {
+            let number = if is_whole { 0 } else { group as u32 };
             let base = self.arena.at(laid.at + group * stride(laid.bytes));
             // SAFETY: mapped writable by `map_segments`, for this worker alone, for good; the log was rolled back.
-            let done = unsafe { groups.attach(&mut self.cx.txn, group as u32, base, laid.bytes) };
+            let done = unsafe { groups.attach(&mut self.cx.txn, number, base, laid.bytes) };
             done.map_err(|error| Error::job(&spec.name, error.to_string()))?;
         }
         self.groups.insert(operator, groups.clone());

@@ -9,6 +9,7 @@
 
 use crate::error::Error;
 use testudo_shm::consumer::Consumer;
+use testudo_shm::primitive::AtomicU32;
 use testudo_shm::producer::Producer;
 use testudo_shm::record::Scratch;
 use testudo_shm::txn::{Place, Txn};
@@ -24,8 +25,18 @@ pub struct OutRing {
     pub(crate) committed: u64,
     /// Index of the consuming process in the worker's list of peers.
     pub(crate) peer: usize,
+    /// The consumer's death word, where records may be dropped while it is dead (partial completeness).
+    pub(crate) death: Option<&'static AtomicU32>,
     /// What errors call this edge.
     pub(crate) name: String,
+}
+
+impl OutRing {
+    /// Whether records that do not fit are to be dropped: the consumer is dead, and the job does not wait for it.
+    #[cold]
+    pub(crate) fn drops(&self) -> bool {
+        self.death.is_some_and(testudo_shm::death::is_dead)
+    }
 }
 
 /// Where a consumer stands: the frame at its head, and how much of that frame is taken.

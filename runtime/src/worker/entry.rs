@@ -74,7 +74,8 @@ pub(crate) fn run(role: Role, build: impl FnOnce(&Flow, &str)) -> ! {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("testudo-w{}: {error}", role.worker);
-            EXIT_ATTACH
+            // Another process of the same binary plans the same.
+            if matches!(error, Error::Plan(_)) { EXIT_FAILED } else { EXIT_ATTACH }
         }
     };
     std::process::exit(code)

@@ -90,7 +90,7 @@ impl Waiter {
         let others = peers.iter().zip(&self.values).enumerate().filter(|(i, _)| *i != self.own);
         let words: Vec<WaitWord<'_>> = others
             .take(FUTEX_WAITV_MAX)
-            .map(|(_, (peer, value))| WaitWord { word: peer.bell, value: *value, private: false })
+            .map(|(_, (peer, value))| WaitWord { word: peer.bell, value: *value })
             .collect();
         wait::wait_any(&words, Some(timeout));
     }

@@ -23,7 +23,8 @@ use crate::metrics;
 use crate::testing::{Point, point};
 use crate::time::now_ns;
 use testudo_shm::death;
-use testudo_shm::header::{WorkerState, control};
+use testudo_shm::header::{WorkerHeader, WorkerState, control};
+use testudo_shm::last_words::LastWords;
 use testudo_shm::primitive::Ordering;
 use testudo_shm::wait;
 
@@ -154,8 +155,13 @@ fn finish(worker: &Worker) {
 
 /// Gives up: the reason becomes the last words, and the process leaves without committing.
 fn fail(worker: &Worker, error: &Error) -> ! {
-    worker.last_words.write(&error.to_string());
-    worker.header.state.store(WorkerState::Failed as u32, Ordering::Release);
+    give_up(worker.header, worker.last_words, error)
+}
+
+/// As [`fail`], also while attaching.
+pub(crate) fn give_up(header: &WorkerHeader, last_words: &LastWords, error: &Error) -> ! {
+    last_words.write(&error.to_string());
+    header.state.store(WorkerState::Failed as u32, Ordering::Release);
     std::process::exit(EXIT_FAILED)
 }
 

@@ -290,6 +290,11 @@ macro_rules! archived_record {
                 None
             }
 
+            #[inline(always)]
+            fn bytes_of(_values: &[Self]) -> Option<&[u8]> {
+                None
+            }
+
             #[inline]
             fn to_owned(view: &Self::View) -> Self {
                 $crate::record::archived::to_owned(view)

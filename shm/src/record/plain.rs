@@ -148,6 +148,11 @@ macro_rules! plain_record {
             }
 
             #[inline(always)]
+            fn bytes_of(values: &[Self]) -> Option<&[u8]> {
+                Some($crate::zerocopy::IntoBytes::as_bytes(values))
+            }
+
+            #[inline(always)]
             fn to_owned(view: &Self) -> Self {
                 *view
             }

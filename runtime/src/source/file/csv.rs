@@ -75,11 +75,6 @@ impl CsvDecoder {
         Ok(decoder)
     }
 
-    /// The columns' names, where there is a header.
-    #[must_use]
-    pub fn header(&self) -> Option<&StringRecord> {
-        self.header.as_ref()
-    }
 
     /// Decodes one record; `T` may borrow its texts from the decoder.
     ///

@@ -369,17 +369,7 @@ impl LineReader {
         self.base + self.unread.start as u64
     }
 
-    /// The range being read.
-    #[must_use]
-    pub fn range(&self) -> Range<u64> {
-        self.range.clone()
-    }
 
-    /// The file being read.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
 
     /// Goes to `offset`, which a reader of the same range gave as its position.
     ///

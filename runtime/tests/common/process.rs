@@ -1,0 +1,191 @@
+//! Processes as tests need them: held by a descriptor while they are looked at or signalled, so that a number that the
+//! kernel has given to somebody else in the meantime is never hit.
+
+#![expect(unsafe_code, reason = "pidfd_open, pidfd_send_signal, getpgid, getsid")]
+
+use super::{Random, wait_for};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+use testudo::shm::header::WorkerHeader;
+use testudo::shm::primitive::Ordering;
+use testudo::supervisor::launch::{Running, View};
+
+/// A process that cannot be mistaken for another one.
+pub struct Held {
+    pub pid: u32,
+    fd: OwnedFd,
+}
+
+impl Held {
+    /// The process of this number, if it is a child of `parent`.
+    pub fn child_of(pid: u32, parent: u32) -> Option<Self> {
+        // SAFETY: plain system call.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        if fd < 0 {
+            return None;
+        }
+        // SAFETY: the descriptor was just returned by the kernel.
+        let held = Self { pid, fd: unsafe { OwnedFd::from_raw_fd(fd as i32) } };
+        // Looked at after it is held: what is read now belongs to the process that is held.
+        (stat(pid)?.parent == parent).then_some(held)
+    }
+
+    /// Sends a signal; false when the process is gone.
+    pub fn signal(&self, signal: i32) -> bool {
+        let fd = self.fd.as_raw_fd();
+        let none = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: plain system call on an open descriptor.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, none, 0) == 0 }
+    }
+
+    /// True once it has ended (it may still be a zombie).
+    pub fn has_ended(&self) -> bool {
+        let mut poll = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid entry.
+        unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+    }
+}
+
+/// A line of /proc/PID/stat.
+pub struct Stat {
+    pub name: String,
+    pub state: char,
+    pub parent: u32,
+    pub group: i32,
+    pub session: i32,
+}
+
+/// What the kernel says about a process; `None` when there is none.
+pub fn stat(pid: u32) -> Option<Stat> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (head, tail) = text.rsplit_once(')')?;
+    let mut fields = tail.split_whitespace();
+    Some(Stat {
+        name: head.split_once('(')?.1.to_owned(),
+        state: fields.next()?.chars().next()?,
+        parent: fields.next()?.parse().ok()?,
+        group: fields.next()?.parse().ok()?,
+        session: fields.next()?.parse().ok()?,
+    })
+}
+
+/// The children of a process, by number.
+pub fn children(parent: u32) -> Vec<u32> {
+    let all = std::fs::read_dir("/proc").expect("/proc can be listed").flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|pid| stat(*pid).is_some_and(|stat| stat.parent == parent)).collect()
+}
+
+/// The children of a process that run as its workers.
+pub fn workers_of(parent: u32) -> Vec<u32> {
+    let is_worker = |pid: &u32| stat(*pid).is_some_and(|stat| stat.name.starts_with("testudo-w"));
+    children(parent).into_iter().filter(is_worker).collect()
+}
+
+/// A number of KiB in /proc/PID/status, such as VmRSS.
+pub fn status_kib(pid: u32, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+/// Our own process group and session.
+pub fn own_group_and_session() -> (i32, i32) {
+    // SAFETY: plain system calls about ourselves.
+    unsafe { (libc::getpgid(0), libc::getsid(0)) }
+}
+
+/// Signals the process that is a worker of a job in this program right now.
+pub fn signal_worker(header: &WorkerHeader, signal: i32) -> bool {
+    let pid = header.pid.load(Ordering::Acquire);
+    Held::child_of(pid, std::process::id()).is_some_and(|held| held.signal(signal))
+}
+
+/// Disturbs the workers of a job, never one that has not committed since it was last disturbed (the restart budget is for
+/// those that get nothing done).
+pub struct Disturber<'a> {
+    running: &'a Running,
+    view: &'a View,
+    /// Process and commits of each worker when it was last killed.
+    last: Vec<(u32, u64)>,
+    random: Random,
+    pub kills: usize,
+}
+
+impl<'a> Disturber<'a> {
+    pub fn new(running: &'a Running, view: &'a View, seed: u64) -> Self {
+        let last = vec![(0, 0); view.workers.len()];
+        Self { running, view, last, random: Random::new(seed), kills: 0 }
+    }
+
+    /// Waits until a worker has committed in its present life; false when the job is over before.
+    pub fn settle(&self, worker: usize) -> bool {
+        let header = self.view.workers[worker];
+        wait_for("a commit of a worker that was restarted", || {
+            let (pid, commits) = self.last[worker];
+            let is_new = header.pid.load(Ordering::Acquire) != pid;
+            let over = self.running.is_over();
+            let ready = is_new && header.commits.load(Ordering::Acquire) > commits;
+            (over || ready).then_some(!over)
+        })
+    }
+
+    /// Kills one worker, once it has settled.
+    pub fn kill(&mut self, worker: usize) {
+        if self.settle(worker) {
+            self.pause();
+            self.kill_now(worker);
+        }
+    }
+
+    /// Kills a worker whatever it does.
+    pub fn kill_now(&mut self, worker: usize) {
+        let header = self.view.workers[worker];
+        self.last[worker].0 = header.pid.load(Ordering::Acquire);
+        if signal_worker(header, libc::SIGKILL) {
+            self.kills += 1;
+        }
+        // Whatever it still committed while the signal was on its way does not count as progress of its successor.
+        let pid = self.last[worker].0;
+        wait_for("the end of a killed worker", || {
+            let ended = stat(pid).is_none_or(|stat| stat.state == 'Z');
+            let replaced = header.pid.load(Ordering::Acquire) != pid;
+            (ended || replaced || self.running.is_over()).then_some(())
+        });
+        self.last[worker].1 = header.commits.load(Ordering::Acquire);
+    }
+
+    /// Kills workers at random.
+    pub fn kill_randomly(&mut self, times: usize) {
+        for _ in 0..times {
+            let worker = self.random.below(self.view.workers.len() as u64) as usize;
+            self.kill(worker);
+        }
+    }
+
+    /// Stops a random worker for a while; then it goes on, or is killed where it stands.
+    pub fn stop_randomly(&mut self, times: usize) {
+        for _ in 0..times {
+            let worker = self.random.below(self.view.workers.len() as u64) as usize;
+            if !self.settle(worker) {
+                return;
+            }
+            let header = self.view.workers[worker];
+            signal_worker(header, libc::SIGSTOP);
+            std::thread::sleep(Duration::from_millis(self.random.below(8)));
+            if self.random.below(3) == 0 {
+                self.kill_now(worker);
+            } else {
+                signal_worker(header, libc::SIGCONT);
+            }
+        }
+    }
+
+    /// Lets a little of the job pass, so that kills hit all of it.
+    fn pause(&mut self) {
+        let nanos = self.random.below(2_000_000);
+        if nanos > 200_000 {
+            std::thread::sleep(Duration::from_nanos(nanos));
+        }
+    }
+}

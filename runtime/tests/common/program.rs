@@ -1,0 +1,186 @@
+//! Jobs as programs: this test program again, as `testudo::main` with the job of a given name.
+
+use super::{Jobs, PATIENCE, process};
+use std::io::Read;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use testudo::clap;
+use testudo::prelude::*;
+
+/// Set in the environment of a program that is to run a job.
+const ASKED: &str = "TESTUDO_TEST_PROGRAM";
+
+#[derive(Debug, clap::Args)]
+struct Options {
+    /// Name of the job
+    #[arg(long, default_value = "")]
+    job: String,
+    /// Its parameters
+    #[arg(long, default_value = "")]
+    parameters: String,
+}
+
+pub fn is_asked_for() -> bool {
+    std::env::var_os(ASKED).is_some()
+}
+
+/// Runs the job that the command line names.
+pub fn run(jobs: Jobs) -> ExitCode {
+    testudo::main(move |flow: &Flow, options: &Options| {
+        match jobs.iter().find(|(name, _)| *name == options.job) {
+            Some((_, build)) => build(flow, &options.parameters),
+            None => panic!("no job is called {:?}", options.job),
+        }
+    })
+}
+
+/// A job to be run as a program.
+pub struct Cli {
+    command: Command,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Exit code; `None` when a signal ended it.
+    pub code: Option<i32>,
+    pub signal: Option<i32>,
+    pub out: String,
+    pub err: String,
+}
+
+impl Cli {
+    /// A job of this program, called `job` in its messages.
+    pub fn new(job: &str, parameters: &str) -> Self {
+        let mut command = Command::new(std::env::current_exe().expect("our own path"));
+        command.arg0("job").env(ASKED, "1").stdin(Stdio::null());
+        command.args(["--job", job, "--parameters", parameters]);
+        Self { command }
+    }
+
+    pub fn args<'a>(mut self, args: impl IntoIterator<Item = &'a str>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    pub fn workers(self, workers: usize) -> Self {
+        let workers = workers.to_string();
+        self.args(["--workers", &workers, "--key-groups", "16", "--ring-bytes", "64KiB"])
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    pub fn stdin(mut self, stdin: Stdio) -> Self {
+        self.command.stdin(stdin);
+        self
+    }
+
+    /// Runs it under a shell command that ends in `exec "$@"`, such as one that lowers a limit first.
+    pub fn under(self, shell: &str) -> Self {
+        let mut command = Command::new("sh");
+        command.args(["-c", shell, "sh"]).arg(self.command.get_program());
+        command.args(self.command.get_args()).env(ASKED, "1").stdin(Stdio::null());
+        for (name, value) in self.command.get_envs() {
+            if let Some(value) = value {
+                command.env(name, value);
+            }
+        }
+        Self { command }
+    }
+
+    /// Starts it; its output is collected.
+    #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
+    pub fn start(mut self) -> Started {
+        self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = self.command.spawn().expect("the test program can be started");
+        let out = collect(child.stdout.take());
+        let err = collect(child.stderr.take());
+        Started { child, out, err }
+    }
+
+    /// Runs it to its end.
+    pub fn run(self) -> Ended {
+        self.start().wait()
+    }
+}
+
+type Collected = std::thread::JoinHandle<String>;
+
+fn collect(stream: Option<impl Read + Send + 'static>) -> Collected {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut stream) = stream {
+            stream.read_to_end(&mut bytes).expect("a pipe can be read");
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+/// A job that runs as a program.
+pub struct Started {
+    pub child: Child,
+    out: Collected,
+    err: Collected,
+}
+
+impl Started {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: i32) {
+        let held = process::Held::child_of(self.pid(), std::process::id());
+        assert!(held.is_some_and(|held| held.signal(signal)), "the job ended before the signal");
+    }
+
+    /// Waits until its workers run, and gives their numbers.
+    pub fn workers(&self, count: usize) -> Vec<u32> {
+        super::wait_for("the workers of a started job", || {
+            let workers = process::workers_of(self.pid());
+            (workers.len() == count).then_some(workers)
+        })
+    }
+
+    /// Waits for its end.
+    pub fn wait(mut self) -> Ended {
+        let begun = Instant::now();
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("our own child") {
+                break status;
+            }
+            if begun.elapsed() > PATIENCE {
+                self.child.kill().expect("our own child");
+                let end = self.child.wait();
+                let err = self.err.join().expect("the collector");
+                panic!("the program hung ({end:?}); it said: {err}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        Ended {
+            code: status.code(),
+            signal: status.signal(),
+            out: self.out.join().expect("the collector"),
+            err: self.err.join().expect("the collector"),
+        }
+    }
+}
+
+impl Ended {
+    /// Its report, from a job run with `--report json`; fails the test unless it ended well.
+    pub fn report(&self) -> testudo::serde_json::Value {
+        assert_eq!(self.code, Some(0), "the job failed: {}", self.err);
+        let line = self.err.lines().find(|line| line.starts_with('{'));
+        let line = line.unwrap_or_else(|| panic!("no report in {:?}", self.err));
+        testudo::serde_json::from_str(line).expect("a report is JSON")
+    }
+
+    /// How many deaths its report tells of.
+    pub fn restarts(&self) -> usize {
+        self.report()["restarts"].as_array().map_or(0, Vec::len)
+    }
+}

@@ -1,0 +1,344 @@
+//! Workers die, results stay: SIGKILL at random, at every named point of a step and of attaching, alone and together,
+//! during recovery, hundreds of times. Each test compares with what an undisturbed job gives.
+
+mod common;
+
+use common::process::Disturber;
+use common::program::Cli;
+use common::tally::{self, ordered};
+use common::{Jobs, deep, finish, folder, run, settings, sorted_lines, start, text, trials};
+use std::path::Path;
+use std::process::ExitCode;
+use testudo::prelude::*;
+use testudo::sink::file::Lines;
+use testudo::testing::{KILL_AT, Point};
+
+const JOBS: Jobs = &[("ordered", ordered), ("busy", busy)];
+
+fn main() -> ExitCode {
+    testudo::init();
+    common::host(
+        JOBS,
+        trials![
+            an_undisturbed_job_is_exact,
+            a_job_is_exact_whoever_is_killed_at_random,
+            a_job_is_exact_when_workers_are_stopped_and_continued,
+            five_hundred_kills_change_nothing,
+            two_workers_killed_at_once_both_come_back,
+            a_kill_loop_at_full_speed_changes_nothing,
+            r11_a_kill_at_any_point_of_a_step_leaves_all_of_it_or_nothing,
+            r2_a_kill_at_any_point_of_attaching_is_recovered_from,
+            r11_a_kill_in_rollback_repeats_the_rollback,
+            a_worker_killed_during_its_own_recovery_recovers,
+            two_workers_killed_at_the_same_point_both_come_back,
+            r8_a_step_published_by_a_successor_wakes_its_peers,
+            an_isolated_stage_dies_alone,
+            a_killed_worker_that_had_finished_is_done_again,
+            a_worker_that_dies_for_ever_uses_up_the_budget,
+            every_death_is_in_the_report_with_its_cause,
+        ],
+    )
+}
+
+/// Runs the self-checking job without an end, disturbs it, drains it and checks it.
+fn disturbed(workers: usize, disturb: impl FnOnce(&mut Disturber<'_>)) -> Report {
+    let folder = folder();
+    let output = folder.path().join("rows.csv");
+    let running = start(ordered, &tally::parameters(u64::MAX, &output), settings(workers));
+    let view = running.workers().expect("the job starts");
+    let mut disturber = Disturber::new(&running, &view, workers as u64);
+    disturb(&mut disturber);
+    for worker in 0..workers {
+        disturber.settle(worker);
+    }
+    let kills = disturber.kills;
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    assert_eq!(report.restarts.len(), kills, "deaths in the report");
+    tally::check(&output, report.records_in, workers as u64);
+    assert_eq!(report.counters["seen"], report.records_in, "the job's own counter");
+    report
+}
+
+fn an_undisturbed_job_is_exact() {
+    for workers in [1, 2, 3] {
+        let folder = folder();
+        let output = folder.path().join("rows.csv");
+        let report = run(ordered, &tally::parameters(100_001, &output), settings(workers));
+        assert_eq!(report.records_in, 100_001);
+        assert_eq!(report.records_out, tally::KEYS);
+        assert_eq!(report.counters["seen"], 100_001);
+        assert!(report.restarts.is_empty());
+        tally::check(&output, 100_001, workers as u64);
+    }
+}
+
+fn a_job_is_exact_whoever_is_killed_at_random() {
+    for workers in [1, 2, 3] {
+        let report = disturbed(workers, |job| job.kill_randomly(deep(300, 40)));
+        assert!(report.records_in > 0);
+    }
+}
+
+fn a_job_is_exact_when_workers_are_stopped_and_continued() {
+    for workers in [1, 2, 3] {
+        disturbed(workers, |job| job.stop_randomly(deep(300, 30)));
+    }
+}
+
+fn five_hundred_kills_change_nothing() {
+    let report = disturbed(2, |job| job.kill_randomly(500));
+    assert_eq!(report.restarts.len(), 500);
+}
+
+fn two_workers_killed_at_once_both_come_back() {
+    disturbed(2, |job| {
+        for _ in 0..deep(200, 25) {
+            for worker in 0..2 {
+                job.settle(worker);
+            }
+            job.kill_now(0);
+            job.kill_now(1);
+        }
+    });
+}
+
+/// A job of the speed class: plain records, a hash exchange, counts by key, nothing else.
+fn busy(flow: &Flow, output: &str) {
+    flow.source("numbers", Generator::new(u64::MAX, |n| tally::Numbered { key: n % 100_000, sequence: 1 }))
+        .key_by(|record| record.key)
+        .reduce(|sum, record| tally::Numbered { key: record.key, sequence: sum.sequence + record.sequence })
+        .key_by(|_| 0u64)
+        .process(
+            |state| state.value::<[u64; 2]>("all"),
+            |all, cx, record| {
+                // The running sums of a key add up to n (n + 1) / 2 only when every n was there once.
+                let [count, sum] = cx.get(all).copied().unwrap_or_default();
+                if count == 0 {
+                    cx.set_timer(i64::MAX);
+                }
+                cx.set(all, &[count + 1, sum.wrapping_add(record.sequence)]);
+            },
+            |all, cx, _| {
+                let [count, sum] = cx.get(all).copied().unwrap_or_default();
+                cx.emit(tally::Numbered { key: count, sequence: sum });
+            },
+        )
+        .sink("sum", FileSink::new(output, Lines(|r: &tally::Numbered| format!("{} {}", r.key, r.sequence))));
+}
+
+fn a_kill_loop_at_full_speed_changes_nothing() {
+    let folder = folder();
+    let output = folder.path().join("sum.txt");
+    let big = Settings { ring_bytes: 1 << 20, key_groups: 64, ..settings(2) };
+    let running = start(busy, &text(&output), big);
+    let view = running.workers().expect("the job starts");
+    let mut disturber = Disturber::new(&running, &view, 7);
+    disturber.kill_randomly(deep(300, 30));
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    // Subtask i read i, i + 2, …: from how many there are in all, only a few ways of sharing are possible.
+    let lines = sorted_lines(&output);
+    let numbers: Vec<u64> = lines[0].split(' ').map(|n| n.parse().expect("a number")).collect();
+    assert_eq!(numbers[0], report.records_in, "records that reached the end");
+    let half = |read: u64| {
+        let (each, more) = (read / 50_000, read % 50_000);
+        more * triangle(each + 1) + (50_000 - more) * triangle(each)
+    };
+    let all = report.records_in;
+    let expected = (0..=all).find(|left| half(*left) + half(all - left) == numbers[1]);
+    assert!(expected.is_some(), "the sums are those of no run: {numbers:?}");
+}
+
+fn triangle(n: u64) -> u64 {
+    n * (n + 1) / 2
+}
+
+/// Runs the self-checking job as a program with kill orders and checks its rows and its deaths.
+fn killed_at(orders: &str, deaths: usize) {
+    let folder = folder();
+    let output = folder.path().join("rows.csv");
+    let parameters = tally::parameters(150_000, &output);
+    let job = Cli::new("ordered", &parameters).workers(2).args(["--report", "json"]).env(KILL_AT, orders);
+    let ended = job.run();
+    assert_eq!(ended.restarts(), deaths, "{orders}: {}", ended.err);
+    assert_eq!(ended.report()["records_in"], 150_000, "{orders}");
+    tally::check(&output, 150_000, 2);
+}
+
+fn index(point: Point) -> usize {
+    Point::ALL.iter().position(|other| *other == point).expect("a point of the list")
+}
+
+const OF_A_STEP: [Point; 6] = [
+    Point::StepBegin,
+    Point::Processed,
+    Point::Saved,
+    Point::BeforeCommit,
+    Point::Committed,
+    Point::StepPublished,
+];
+
+const OF_ATTACHING: [Point; 6] = [
+    Point::AttachBegin,
+    Point::Mapped,
+    Point::Claimed,
+    Point::RolledBack,
+    Point::Opened,
+    Point::Published,
+];
+
+fn r11_a_kill_at_any_point_of_a_step_leaves_all_of_it_or_nothing() {
+    for point in OF_A_STEP {
+        for worker in [0, 1] {
+            killed_at(&format!("{worker}:{}:3:{}", index(point), 5 + 7 * worker), 3);
+        }
+    }
+}
+
+fn r2_a_kill_at_any_point_of_attaching_is_recovered_from() {
+    for point in OF_ATTACHING {
+        for worker in [0, 1] {
+            killed_at(&format!("{worker}:{}:2:0", index(point)), 2);
+        }
+    }
+}
+
+fn r11_a_kill_in_rollback_repeats_the_rollback() {
+    // The last order that names a life counts: the first life dies in a step, the next ones while they undo it, after
+    // more and more entries.
+    let (before, rolling) = (index(Point::BeforeCommit), index(Point::RollingBack));
+    for worker in [0, 1] {
+        let orders = format!(
+            "{worker}:{rolling}:4:9,{worker}:{rolling}:3:3,{worker}:{rolling}:2:0,{worker}:{before}:1:6"
+        );
+        killed_at(&orders, 4);
+    }
+}
+
+fn a_worker_killed_during_its_own_recovery_recovers() {
+    let processed = index(Point::Processed);
+    for point in OF_ATTACHING {
+        let orders = format!("0:{0}:3:0,0:{processed}:1:9", index(point));
+        killed_at(&orders, 3);
+    }
+}
+
+fn two_workers_killed_at_the_same_point_both_come_back() {
+    for point in OF_A_STEP.into_iter().chain(OF_ATTACHING) {
+        let skip = if OF_A_STEP.contains(&point) { 6 } else { 0 };
+        let index = index(point);
+        killed_at(&format!("0:{index}:1:{skip},1:{index}:1:{skip}"), 2);
+    }
+    let (before, rolling) = (index(Point::BeforeCommit), index(Point::RollingBack));
+    let orders = format!("0:{rolling}:2:1,1:{rolling}:2:1,0:{before}:1:6,1:{before}:1:6");
+    killed_at(&orders, 4);
+}
+
+fn r8_a_step_published_by_a_successor_wakes_its_peers() {
+    // Every life dies between its commit and the publishing of it: only attaching moves the job on.
+    let committed = index(Point::Committed);
+    let folder = folder();
+    let output = folder.path().join("rows.csv");
+    let job = Cli::new("ordered", &tally::parameters(20_000, &output)).workers(2);
+    let job = job.args(["--report", "json", "--restart-budget", "20"]);
+    let ended = job.env(KILL_AT, &format!("0:{committed}:12:0")).run();
+    assert_eq!(ended.restarts(), 12, "{}", ended.err);
+    tally::check(&output, 20_000, 2);
+}
+
+fn isolated(flow: &Flow, output: &str) {
+    flow.source("numbers", Generator::new(u64::MAX, tally::numbered))
+        .parallelism(1)
+        .round_robin()
+        .map(|record| record.key + record.sequence * tally::KEYS)
+        .parallelism(1)
+        .isolated()
+        .sink("all", FileSink::new(output, Lines(|n: &u64| *n)));
+}
+
+fn an_isolated_stage_dies_alone() {
+    let folder = folder();
+    let output = folder.path().join("all.txt");
+    let running = start(isolated, &text(&output), settings(1));
+    let view = running.workers().expect("the job starts");
+    assert_eq!(view.workers.len(), 2, "the stage has a process of its own");
+    let mut disturber = Disturber::new(&running, &view, 3);
+    for _ in 0..deep(100, 15) {
+        disturber.kill(1);
+    }
+    let kills = disturber.kills;
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    assert_eq!(report.restarts.len(), kills);
+    assert!(report.restarts.iter().all(|restart| restart.worker == 1), "{:?}", report.restarts);
+    counts_up(&output, report.records_in);
+}
+
+/// A file has the numbers 0, 1, 2, … in this order.
+fn counts_up(path: &Path, count: u64) {
+    let text = std::fs::read_to_string(path).expect("the output is there");
+    let mut expected = 0;
+    for line in text.lines() {
+        assert_eq!(line, expected.to_string());
+        expected += 1;
+    }
+    assert_eq!(expected, count, "numbers in the file");
+}
+
+/// One worker's stage ends long before the other's.
+fn uneven(flow: &Flow, output: &str) {
+    flow.source("short", Generator::new(10, |n| n)).parallelism(1).isolated().for_each(|_| ());
+    flow.source("long", Generator::new(u64::MAX, |n| n))
+        .parallelism(1)
+        .sink("all", FileSink::new(output, Lines(|n: &u64| *n)));
+}
+
+fn a_killed_worker_that_had_finished_is_done_again() {
+    use testudo::shm::header::WorkerState;
+    use testudo::shm::primitive::Ordering;
+    let folder = folder();
+    let output = folder.path().join("all.txt");
+    let running = start(uneven, &text(&output), Settings { rate: Some(20_000), ..settings(1) });
+    let view = running.workers().expect("the job starts");
+    let short = view.workers[1];
+    for _ in 0..3 {
+        common::wait_for("the short stage to be done", || {
+            (short.state.load(Ordering::Acquire) == WorkerState::Finished as u32).then_some(())
+        });
+        let pid = short.pid.load(Ordering::Acquire);
+        assert!(common::process::signal_worker(short, libc::SIGKILL));
+        common::wait_for("its successor", || {
+            (short.pid.load(Ordering::Acquire) != pid).then_some(())
+        });
+    }
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    assert_eq!(report.restarts.len(), 3);
+    counts_up(&output, report.records_in - 10);
+}
+
+fn a_worker_that_dies_for_ever_uses_up_the_budget() {
+    let folder = folder();
+    let output = folder.path().join("rows.csv");
+    let orders = format!("1:{}:1000:0", index(Point::BeforeCommit));
+    let job = Cli::new("ordered", &tally::parameters(10_000, &output)).workers(2);
+    let ended = job.args(["--restart-budget", "3"]).env(KILL_AT, &orders).run();
+    assert_eq!(ended.code, Some(5), "{}", ended.err);
+    assert_eq!(
+        ended.err,
+        "job: worker 1 died 4 times in a row without finishing a step (SIGKILL); mend the cause, or raise \
+         --restart-budget\n"
+    );
+}
+
+fn every_death_is_in_the_report_with_its_cause() {
+    let report = disturbed(2, |job| job.kill_randomly(5));
+    for restart in &report.restarts {
+        assert_eq!(restart.cause, "SIGKILL");
+        assert_eq!(restart.last_words, "");
+        assert!(restart.recovery_us.is_some(), "{restart:?}");
+    }
+    let text = report.text(testudo::config::ReportForm::Text);
+    assert_eq!(text.matches("died (SIGKILL), back after ").count(), 5, "{text}");
+}
