@@ -24,6 +24,9 @@ struct Command<O: Args> {
     settings: SettingsArgs,
 }
 
+/// What `--help` begins with.
+const ABOUT: &str = "A Testudo job. Ctrl-C lets it finish what it has read; a second one ends it at once.";
+
 /// Runs a job with the standard command line: the whole main of a job's program.
 ///
 /// `build` describes the flow from the job's own options (a type that derives `clap::Args`). It runs in the launching
@@ -39,7 +42,8 @@ pub fn main_with<O: Args>(
 ) -> ExitCode {
     crate::init();
     let program = program_name();
-    let command = Command::<O>::command();
+    // Said here: the flattened arguments' own comments would stand in its place otherwise.
+    let command = Command::<O>::command().about(ABOUT).long_about(None);
     let parsed = command
         .try_get_matches()
         .and_then(|matches| Command::<O>::from_arg_matches(&matches))

@@ -54,6 +54,8 @@ fn disturbed(workers: usize, disturb: impl FnOnce(&mut Disturber<'_>)) -> Report
     let kills = disturber.kills;
     running.stop();
     let report = finish(running).expect("the job survives");
+    let others: Vec<_> = report.restarts.iter().filter(|restart| restart.cause != "SIGKILL").collect();
+    assert!(others.is_empty(), "deaths that nobody ordered: {others:?}");
     assert_eq!(report.restarts.len(), kills, "deaths in the report");
     tally::check(&output, report.records_in, workers as u64);
     assert_eq!(report.counters["seen"], report.records_in, "the job's own counter");

@@ -14,7 +14,7 @@
 use crate::cursor;
 use crate::fault::Fault;
 use crate::frame::{HEAD, Head, Kind, Mark};
-use crate::primitive::{AtomicU64, Ordering};
+use crate::primitive::{AtomicU64, Ordering, prefetch};
 use crate::ring::RingParts;
 use std::ptr::NonNull;
 use zerocopy::FromBytes;
@@ -25,6 +25,8 @@ pub struct Consumer {
     parts: RingParts,
     head: u64,
     tail_seen: u64,
+    /// Where the frame at the head ends, once it was checked; not above the head before.
+    next: u64,
     published: u64,
     fault: Option<Fault>,
 }
@@ -55,7 +57,7 @@ impl Consumer {
     /// The parts are mapped as long as `self` lives, the head word writable; no other live consumer takes this ring.
     #[must_use]
     pub unsafe fn attach(parts: RingParts, head: u64) -> Self {
-        Self { parts, head, tail_seen: head, published: head, fault: None }
+        Self { parts, head, tail_seen: head, next: head, published: head, fault: None }
     }
 
     fn word(&self, at: NonNull<AtomicU64>) -> &AtomicU64 {
@@ -80,27 +82,38 @@ impl Consumer {
     pub fn quarantine(&mut self, fault: Fault) {
         self.fault.get_or_insert(fault);
         self.tail_seen = self.head;
+        self.next = self.head;
     }
 
     /// Loads the producer's tail: true when there is something to take. Once per step, before the control word (R5).
     #[inline(always)]
     pub fn look(&mut self) -> bool {
-        if self.fault.is_some() {
-            return false;
-        }
         // SYNC ring-tail: pairs with the release store in Producer::publish; bytes before it are readable.
         let tail = self.word(self.parts.tail).load(Ordering::Acquire);
-        let seen = self.tail_seen;
-        let sound = cursor::distance(tail, self.head, self.parts.capacity)
-            .and_then(|_| cursor::between(seen, self.head, tail, self.parts.capacity));
-        match sound {
-            Ok(_) => self.tail_seen = tail,
-            Err(_) => {
-                let capacity = self.parts.capacity;
-                self.quarantine(Fault::Position { found: tail, own: seen, capacity });
-            }
+        if tail != self.tail_seen {
+            self.moved_to(tail);
         }
         self.tail_seen != self.head
+    }
+
+    /// Believes a new tail, if it can be true: not before the last one, at most a capacity from the head.
+    #[inline(always)]
+    fn moved_to(&mut self, tail: u64) {
+        if self.fault.is_some() {
+            return;
+        }
+        let (seen, capacity) = (self.tail_seen, self.parts.capacity);
+        match cursor::between(tail, seen, self.head.wrapping_add(capacity), capacity) {
+            Ok(tail) => {
+                self.tail_seen = tail;
+                // The first lines together: otherwise the second is asked for when the first has come.
+                let at = self.parts.data.as_ptr();
+                let first = (self.head & (capacity - 1)) as usize;
+                prefetch(at.wrapping_add(first));
+                prefetch(at.wrapping_add(first + 64));
+            }
+            Err(_) => self.quarantine(Fault::Position { found: tail, own: seen, capacity }),
+        }
     }
 
     /// Published bytes not yet taken, as of the last look.
@@ -124,6 +137,7 @@ impl Consumer {
                     return None;
                 }
             };
+            self.next = self.head + HEAD + head.bytes;
             let at = (self.head + HEAD) & (self.parts.capacity - 1);
             // SAFETY: the check says that bytes..tail are published and at most a capacity long: contiguous through
             // the mirror, and not written again before the head passes them.
@@ -131,7 +145,7 @@ impl Consumer {
                 std::slice::from_raw_parts(self.parts.data.as_ptr().add(at as usize), head.bytes as usize)
             };
             match head.kind {
-                Kind::Pad => self.head += HEAD + head.bytes,
+                Kind::Pad => self.head = self.next,
                 Kind::Data => return Some(Frame::Data { bytes, count: head.count as usize }),
                 Kind::End => return Some(Frame::End),
                 Kind::Mark => match Mark::read_from_bytes(bytes) {
@@ -153,12 +167,14 @@ impl Consumer {
     /// Takes the frame at the head: it must be released by `publish` before the producer reuses it.
     #[inline(always)]
     pub fn take(&mut self) {
-        if self.tail_seen == self.head {
-            return;
-        }
-        match self.checked_head() {
-            Ok(head) => self.head += HEAD + head.bytes,
-            Err(fault) => self.quarantine(fault),
+        // What `frame` has checked is not read again (R9).
+        if self.next > self.head {
+            self.head = self.next;
+        } else if self.tail_seen != self.head {
+            match self.checked_head() {
+                Ok(head) => self.head += HEAD + head.bytes,
+                Err(fault) => self.quarantine(fault),
+            }
         }
     }
 

@@ -18,12 +18,18 @@ use zerocopy::IntoBytes;
 /// Payloads of at least this many bytes start on a cache line.
 const ALIGN_FROM: usize = 512;
 
+/// What a frame takes besides its payload, at most: its head, and the pad before a large one.
+const OVERHEAD: u64 = HEAD + 64;
+
 /// The producing end of one ring.
 #[derive(Debug)]
 pub struct Producer {
     parts: RingParts,
     position: u64,
     head_seen: u64,
+    /// Where the free bytes end: `head_seen + capacity`, or `position` after a fault, so that one comparison says
+    /// whether a frame fits.
+    free_to: u64,
     fault: Option<Fault>,
 }
 
@@ -37,7 +43,8 @@ impl Producer {
     /// The parts stay mapped until the process ends, data and tail writable; no other live producer writes this ring.
     #[must_use]
     pub unsafe fn attach(parts: RingParts, position: u64) -> Self {
-        let mut this = Self { parts, position, head_seen: position.saturating_sub(parts.capacity), fault: None };
+        let head_seen = position.saturating_sub(parts.capacity);
+        let mut this = Self { parts, position, head_seen, free_to: position, fault: None };
         this.refresh();
         this
     }
@@ -68,6 +75,7 @@ impl Producer {
     }
 
     /// Looks at the consumer's head again.
+    #[inline(never)]
     pub fn refresh(&mut self) {
         if self.fault.is_some() {
             return;
@@ -81,8 +89,14 @@ impl Producer {
             }
         }
         match cursor::between(head, self.head_seen, self.position, self.parts.capacity) {
-            Ok(head) => self.head_seen = head,
-            Err(fault) => self.fault = Some(fault),
+            Ok(head) => {
+                self.head_seen = head;
+                self.free_to = head + self.parts.capacity;
+            }
+            Err(fault) => {
+                self.fault = Some(fault);
+                self.free_to = self.position;
+            }
         }
     }
 
@@ -94,20 +108,24 @@ impl Producer {
 
     #[inline(always)]
     fn free(&self) -> u64 {
-        self.parts.capacity - (self.position - self.head_seen)
+        self.free_to - self.position
+    }
+
+    /// Whether a frame with so much payload fits, asking the consumer only when it does not seem to.
+    #[inline(always)]
+    fn fits(&mut self, bytes: usize) -> bool {
+        let need = bytes as u64 + OVERHEAD;
+        self.free() >= need || {
+            self.refresh();
+            self.free() >= need
+        }
     }
 
     /// Payload bytes that one data frame can take now: at least `want` if the ring has them. 0 after a fault.
     #[inline(always)]
     pub fn room(&mut self, want: usize) -> usize {
-        let overhead = HEAD + 64;
-        if self.free() < want as u64 + overhead {
-            self.refresh();
-        }
-        if self.fault.is_some() {
-            return 0;
-        }
-        self.free().saturating_sub(overhead) as usize
+        self.fits(want);
+        self.free().saturating_sub(OVERHEAD) as usize
     }
 
     /// The place of the next data frame's payload, for up to `bytes` bytes; `bytes <= room(bytes)` was checked before.
@@ -150,7 +168,8 @@ impl Producer {
         if count == 0 {
             return;
         }
-        assert!(bytes as u64 + HEAD <= self.free() && count as u64 <= COUNT_MAX, "frame past its room");
+        assert!(count as u64 <= COUNT_MAX, "a frame of {count} records");
+        debug_assert!(self.fault.is_some() || bytes as u64 + HEAD <= self.free(), "frame past its room");
         let padded = (bytes as u64 + 7) & !7;
         self.head_word(Head { kind: Kind::Data, count: count as u64, bytes: padded });
         self.position += HEAD + padded;
@@ -162,7 +181,7 @@ impl Producer {
     /// if let Some(mut frame) = producer.reserve(4096) { let n = value.put(frame.space()); frame.close(n, 1); }
     /// ```
     pub fn reserve(&mut self, bytes: usize) -> Option<Reserved<'_>> {
-        if self.room(bytes) < bytes {
+        if !self.fits(bytes) {
             return None;
         }
         let at = self.open(bytes);
@@ -172,7 +191,7 @@ impl Producer {
     /// Sends a mark; false when the ring has no room.
     pub fn mark(&mut self, mark: Mark) -> bool {
         let bytes = size_of::<Mark>() as u64;
-        if (self.room(bytes as usize) as u64) < bytes {
+        if !self.fits(bytes as usize) {
             return false;
         }
         self.head_word(Head { kind: Kind::Mark, count: 0, bytes });
@@ -185,7 +204,7 @@ impl Producer {
 
     /// Says that nothing follows; false when the ring has no room.
     pub fn end(&mut self) -> bool {
-        if self.room(8) < 8 {
+        if !self.fits(8) {
             return false;
         }
         self.head_word(Head { kind: Kind::End, count: 0, bytes: 0 });

@@ -222,6 +222,19 @@ impl Txn {
         compiler_fence(Ordering::SeqCst);
     }
 
+    /// Begins a run of up to `entries` log entries of `bytes` each, which come into force together: one bump of the
+    /// length for all of them. `None` when the log has no room for that many, or they are too long.
+    #[inline(always)]
+    pub fn run(&mut self, entries: usize, bytes: usize) -> Option<LogRun<'_>> {
+        let need = entries as u64 * (((bytes + 7) & !7) as u64 + 8);
+        if self.len + need > self.capacity || bytes > ENTRY_BYTES_MAX {
+            return None;
+        }
+        // SAFETY: len <= capacity, so the place is inside the log.
+        let cursor = unsafe { self.entries.as_ptr().add(self.len as usize) };
+        Some(LogRun { base: self.base.addr().get() as u64, cursor, bytes, left: entries, txn: self })
+    }
+
     #[cold]
     unsafe fn log_long(&mut self, at: *mut u8, bytes: usize) {
         let mut done = 0;
@@ -317,5 +330,46 @@ impl Txn {
         self.len = 0;
         self.serial += 1;
         Ok(undone)
+    }
+}
+
+/// A run of log entries that is being written. Several entries for the same place are right as long as nothing is
+/// stored between them: rollback ends with the oldest.
+#[derive(Debug)]
+pub struct LogRun<'a> {
+    txn: &'a mut Txn,
+    base: u64,
+    cursor: *mut u8,
+    bytes: usize,
+    left: usize,
+}
+
+impl LogRun<'_> {
+    /// Adds the old bytes at `at`, which must not be changed before [`LogRun::close`].
+    ///
+    /// # Safety
+    /// The run's number of bytes at `at` is inside the arena and mapped writable by this process.
+    #[inline(always)]
+    pub unsafe fn add(&mut self, at: *const u8) {
+        assert!(self.left > 0, "more entries than the run was begun for");
+        self.left -= 1;
+        let padded = (self.bytes + 7) & !7;
+        // SAFETY: `run` checked the room for this many entries; `at` is vouched for by the caller.
+        unsafe {
+            std::ptr::copy_nonoverlapping(at, self.cursor, self.bytes);
+            let head = ((at.addr() as u64 - self.base) << 16) | self.bytes as u64;
+            self.cursor.add(padded).cast::<u64>().write(head);
+            self.cursor = self.cursor.add(padded + 8);
+        }
+    }
+
+    /// Puts all entries into force: from here on their places may be changed.
+    #[inline(always)]
+    pub fn close(self) {
+        let next = (self.cursor.addr() - self.txn.entries.addr().get()) as u64;
+        self.txn.len = next;
+        compiler_fence(Ordering::SeqCst);
+        self.txn.root().store(next, Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
     }
 }

@@ -41,6 +41,9 @@ enum Message {
     Note { id: u64, tags: Vec<(u32, String)>, initial: Option<char>, urgent: bool, by: Person },
 }
 
+/// Miri takes a thousand times as long: there only a sample of all changes is tried.
+const MIRI_STEP: usize = if cfg!(miri) { 41 } else { 1 };
+
 fn messages() -> Vec<Message> {
     let by = Person { name: "Ada, whose name is not short".into(), born: Some(1815) };
     let tags = vec![(7, "seven".into()), (8, "a tag too long to stand inline".into())];
@@ -247,22 +250,23 @@ fn no_byte_of_an_archived_batch_can_make_a_reader_panic_or_leave_it() {
     let count = messages().len();
     let clean = batch_over(&messages(), 0);
     assert!(survives(clean.bytes(), count));
-    let mut refused = 0;
-    for at in 0..clean.len {
+    let (mut refused, mut tried) = (0, 0);
+    for at in (0..clean.len).step_by(MIRI_STEP) {
         for value in [0, 1, 0x7F, 0x80, 0xFF] {
             let mut words = Words::of(clean.bytes());
             words.bytes_mut()[at] = value;
             refused += usize::from(!survives(words.bytes(), count));
+            tried += 1;
         }
     }
-    assert!(refused > clean.len / 2, "only {refused} of {} changes were refused", clean.len * 5);
+    assert!(refused > tried / 10, "only {refused} of {tried} changes were refused");
 }
 
 #[test]
 fn no_pair_of_words_of_an_archived_batch_can_make_a_reader_panic_or_leave_it() {
     let one = batch_over(&messages()[..1], 0);
-    for at in (0..one.len).step_by(4) {
-        for next in (0..one.len).step_by(4) {
+    for at in (0..one.len).step_by(4 * MIRI_STEP) {
+        for next in (0..one.len).step_by(4 * MIRI_STEP) {
             for value in [[0u8; 4], [0xFF; 4], [0, 0, 0, 0x80], [8, 0, 0, 0]] {
                 let mut words = Words::of(one.bytes());
                 words.bytes_mut()[at..at + 4].copy_from_slice(&value);

@@ -305,9 +305,7 @@ fn r10_archived_records_of_any_size_come_back_across_the_wrap() {
 fn r6_a_frame_that_was_reserved_and_not_closed_is_never_seen() {
     let ring = TestRing::new(4096);
     let (mut producer, mut consumer) = (ring.producer(0), ring.consumer(0));
-    let mut frame = producer.reserve(1000).expect("room");
-    frame.space().fill(0xAB);
-    drop(frame);
+    producer.reserve(1000).expect("room").space().fill(0xAB);
     producer.publish();
     consumer.look();
     assert!(consumer.frame().is_none(), "an open frame became visible");

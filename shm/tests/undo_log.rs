@@ -188,9 +188,10 @@ fn r11_a_rollback_that_dies_after_any_entry_is_repeated() {
 #[test]
 fn r11_dropping_a_transaction_commits_nothing() {
     let mut memory = Memory::new(LOG + STATE);
-    let mut txn = attach(&memory);
-    txn.set(txn.place::<u64>(LOG as u64), 1);
-    drop(txn);
+    {
+        let mut txn = attach(&memory);
+        txn.set(txn.place::<u64>(LOG as u64), 1);
+    }
     assert_eq!(memory.words()[LOG / 8], 1);
     assert_eq!(must(attach(&memory).roll_back()), 1);
     assert_eq!(memory.words()[LOG / 8], 0);

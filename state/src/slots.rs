@@ -38,6 +38,9 @@ use testudo_shm::txn::Txn;
 
 /// Slots of a group's first table: a multiple of any `LINE`.
 const CAPACITY_MIN: u64 = 64;
+/// Tables of up to so many slots grow fourfold: each page that a table leaves behind costs as much as hundreds of
+/// updates, and small tables leave most.
+const GROWS_FAST_TO: u64 = 4096;
 /// Old slots moved per insert while growing: growth ends after a sixteenth of the old capacity in
 /// inserts.
 const MOVED_AT_ONCE: u64 = 16;
@@ -465,6 +468,44 @@ impl<S: Shape> Slots<S> {
         self.move_and_find(txn, group, hash, key)
     }
 
+    /// Whether `find_and_log` can find anything: small plain keys whose slots share lines, plain values.
+    pub(crate) const IN_RUNS: bool = S::KEY.is_some()
+        && S::KEY_BYTES > 0
+        && S::KEY_BYTES <= 16
+        && S::LINE <= 8
+        && !S::VALUE_IN_HEAP
+        && S::VALUE > 0
+        && S::VALUE <= 256;
+
+    /// Finds the slots of several keys and logs their values, all in one run: stops at the first that is not in its home
+    /// line. Returns how many were found; their values may then be changed, until anything is inserted or removed.
+    #[inline(always)]
+    pub(crate) fn find_and_log<K: AsRef<[u8]>>(
+        &self,
+        txn: &mut Txn,
+        keys: impl Iterator<Item = (KeyHash, K)>,
+        found: &mut [*mut u8],
+    ) -> usize {
+        let Some(mut run) = txn.run(found.len(), S::VALUE) else {
+            return 0;
+        };
+        let mut count = 0;
+        for (place, (hash, key)) in found.iter_mut().zip(keys) {
+            let desc = self.desc(self.group(hash));
+            // SAFETY: as in `find`; `IN_RUNS` callers give keys of KEY_BYTES bytes.
+            let slot = unsafe { glance::<S>(desc.slots, desc.mask, hash.0, key.as_ref()) };
+            let Some(slot) = slot else { break };
+            // SAFETY: the value lies inside the slot, in a segment that is ours.
+            unsafe {
+                *place = slot.add(S::VALUE_AT);
+                run.add(*place);
+            }
+            count += 1;
+        }
+        run.close();
+        count
+    }
+
     #[cold]
     #[inline(never)]
     fn move_and_find(
@@ -567,7 +608,8 @@ impl<S: Shape> Slots<S> {
         let seg = self.shared.seg(group)?;
         let desc = *self.desc(group);
         let (capacity, header) = (desc.mask + 1, desc.header);
-        let new = self.shared.alloc_zeroed(txn, group, capacity * 2 * S::SLOT as u64)?;
+        let grown = capacity * if capacity <= GROWS_FAST_TO { 4 } else { 2 };
+        let new = self.shared.alloc_zeroed(txn, group, grown * S::SLOT as u64)?;
         let mut start = 0;
         // SAFETY: index <= mask; at most five eighths of the slots are filled, so one is empty.
         while !unsafe { is_zero::<S>(desc.slots.add(start as usize * S::SLOT)) } {
@@ -576,7 +618,7 @@ impl<S: Shape> Slots<S> {
         let old: u64 = seg.read(header + offset_of!(Header, slots) as u64);
         for (field, value) in [
             (offset_of!(Header, slots), new),
-            (offset_of!(Header, capacity), capacity * 2),
+            (offset_of!(Header, capacity), grown),
             (offset_of!(Header, old), old),
             (offset_of!(Header, old_capacity), capacity),
             (offset_of!(Header, start), start),

@@ -166,6 +166,27 @@ impl<K: Record, V: Record> Table<K, V> {
         Ok(stored::<V>(slot.value::<Typed<K, V>>()).view)
     }
 
+    /// Whether [`Table::run`] can find anything for these types.
+    pub const IN_RUNS: bool = Slots::<Typed<K, V>>::IN_RUNS;
+
+    /// Finds the values of several keys that are in the table and logs them together, up to the first key that is not
+    /// quickly found: the rest goes through [`Table::update`]. Nothing else may be done to this table while the run is
+    /// used, which its borrow sees to.
+    #[inline(always)]
+    pub fn run<'t>(
+        &'t mut self,
+        txn: &mut Txn,
+        keys: impl Iterator<Item = (KeyHash, K)>,
+        values: &'t mut [*mut u8],
+    ) -> Run<'t, V> {
+        if !Self::IN_RUNS {
+            return Run { values: &mut [], of: std::marker::PhantomData };
+        }
+        let keys = keys.map(|(hash, key)| (hash, PlainKey(key)));
+        let count = self.slots.find_and_log(txn, keys, values);
+        Run { values: &mut values[..count], of: std::marker::PhantomData }
+    }
+
     #[inline(never)]
     fn update_archived(
         &mut self,
@@ -356,5 +377,45 @@ impl<K: Record, V: Record> Table<K, V> {
 
     pub(crate) fn opened(&self) -> &Rc<Opened> {
         &self.opened
+    }
+}
+
+/// A plain key seen as its bytes.
+struct PlainKey<K>(K);
+
+impl<K: Record> AsRef<[u8]> for PlainKey<K> {
+    #[inline(always)]
+    fn as_ref(&self) -> &[u8] {
+        K::bytes_of(std::slice::from_ref(&self.0)).unwrap_or_default()
+    }
+}
+
+/// Values found and logged by [`Table::run`], in the order of their keys.
+#[derive(Debug)]
+pub struct Run<'t, V> {
+    values: &'t mut [*mut u8],
+    of: std::marker::PhantomData<&'t mut V>,
+}
+
+impl<V: Record> Run<'_, V> {
+    /// How many were found.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// True when the first key was not found.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
+    /// The value of the key number `index`. The same key twice gives the same value twice.
+    #[inline(always)]
+    pub fn value(&mut self, index: usize) -> &mut V {
+        const { assert!(!(V::SIZE.is_some() && size_of::<V>() == 0), "a record has bytes") };
+        // SAFETY: runs exist for plain values only: any bit pattern is a V, of just the slot's bytes, aligned in the slot;
+        // the table is borrowed as long as this run, and one value is borrowed at a time.
+        unsafe { &mut *self.values[index].cast::<V>() }
     }
 }

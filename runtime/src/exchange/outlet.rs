@@ -103,6 +103,12 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
     #[cold]
     #[inline(never)]
     fn overflow(&mut self, cx: &mut Cx, lane: usize, item: Item<'_, T>) {
+        if let Lane::Ring(index) = self.lanes[lane] {
+            let bytes = T::item_len(item);
+            if bytes as u64 + 128 > cx.out_rings[index].ring.capacity() {
+                return self.too_large(cx, bytes, index);
+            }
+        }
         if self.spills[lane].is_empty(&cx.txn) {
             let full = match &self.lanes[lane] {
                 Lane::Local { .. } if self.scatter.pushed(lane) == 0 => true,
@@ -116,9 +122,6 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
                     let ring = &mut cx.out_rings[*index].ring;
                     self.scatter.close_ring(lane, ring);
                     let bytes = T::item_len(item);
-                    if bytes as u64 + 128 > ring.capacity() {
-                        return self.too_large(cx, bytes, *index);
-                    }
                     ring.room(bytes) < bytes
                 }
             };
@@ -247,6 +250,28 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
             let lane = self.route.lane(item);
             self.push_lane(cx, lane, item);
         }
+    }
+
+    #[inline(always)]
+    fn push_value(&mut self, cx: &mut Cx, value: &T) {
+        if T::SIZE.is_some() {
+            let mut unused = Scratch::default();
+            return self.push(cx, value.item(&mut unused));
+        }
+        if !self.is_open {
+            self.open(cx);
+        }
+        let lane = self.route.lane_unseen();
+        if lane.is_some_and(|lane| self.scatter.push_value(lane, value)) {
+            return;
+        }
+        let mut scratch = cx.take_scratch();
+        let item = value.item(&mut scratch);
+        match lane {
+            Some(lane) => self.overflow(cx, lane, item),
+            None => self.push(cx, item),
+        }
+        cx.give_scratch(scratch);
     }
 
     #[inline]

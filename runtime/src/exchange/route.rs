@@ -12,6 +12,13 @@ pub trait Route<T: Record> {
 
     /// The lane of this record.
     fn lane(&mut self, item: Item<'_, T>) -> usize;
+
+    /// The lane of the next record, where it does not depend on what is in it: an archived record can then be encoded
+    /// right where it goes.
+    #[inline(always)]
+    fn lane_unseen(&mut self) -> Option<usize> {
+        None
+    }
 }
 
 /// By key: the key's hash decides the group, the routing table the lane.
@@ -50,6 +57,13 @@ impl<T: Record> Route<T> for RoundRobin {
         self.next = if lane + 1 == self.lanes { 0 } else { lane + 1 };
         lane
     }
+
+    #[inline(always)]
+    fn lane_unseen(&mut self) -> Option<usize> {
+        let lane = self.next;
+        self.next = if lane + 1 == self.lanes { 0 } else { lane + 1 };
+        Some(lane)
+    }
 }
 
 /// Always the same: forward, and gather into one subtask.
@@ -59,6 +73,11 @@ impl<T: Record> Route<T> for Only {
     #[inline(always)]
     fn lane(&mut self, _item: Item<'_, T>) -> usize {
         0
+    }
+
+    #[inline(always)]
+    fn lane_unseen(&mut self) -> Option<usize> {
+        Some(0)
     }
 }
 

@@ -15,7 +15,7 @@ use testudo_state::{KeyHash, Table};
 
 /// Records whose slots are asked for ahead of their use: enough to cover a miss to memory, few enough to stay in the
 /// nearest cache.
-const AHEAD: usize = 32;
+pub(crate) const AHEAD: usize = 32;
 
 /// The parts of a keyed operator that do not depend on what it does.
 pub struct KeyedParts<K, F> {
@@ -73,6 +73,8 @@ pub struct Aggregate<T: Record, K: Record, A: Record, U, F, I, G, E, N> {
     pub(crate) init: I,
     pub(crate) fold: G,
     pub(crate) emit: E,
+    /// Where the values of a run lie, while it is applied.
+    pub(crate) places: [*mut u8; AHEAD],
     pub(crate) next: N,
     pub(crate) of: PhantomData<fn(T) -> U>,
 }
@@ -126,15 +128,83 @@ where
 
     #[inline]
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        let ask = |this: &mut Self, item: Item<'_, T>| {
-            let hash = this.keyed.hash(item);
-            this.table.prefetch(hash);
-            hash
-        };
-        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
+        if !Table::<K, A>::IN_RUNS {
+            let ask = |this: &mut Self, item: Item<'_, T>| {
+                let hash = this.keyed.hash(item);
+                this.table.prefetch(hash);
+                hash
+            };
+            return pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
+        }
+        let mut hashes = [[KeyHash(0); AHEAD]; 2];
+        let (mut chunk, mut rest) = batch.split_at(AHEAD);
+        self.ask(chunk, &mut hashes[0]);
+        let mut turn = 0;
+        while !chunk.is_empty() {
+            let (next, after) = rest.split_at(AHEAD);
+            self.ask(next, &mut hashes[1 - turn]);
+            self.apply_chunk(cx, chunk, &hashes[turn]);
+            (chunk, rest, turn) = (next, after, 1 - turn);
+        }
     }
 
     hand_on!(end_batch, watermark, room, pump, save, end);
+}
+
+impl<T, K, A, U, F, I, G, E, N> Aggregate<T, K, A, U, F, I, G, E, N>
+where
+    T: Record,
+    K: Record,
+    A: Record,
+    U: Record,
+    F: Fn(&T::View) -> K,
+    I: Fn() -> A,
+    G: Fn(&mut A, &T::View),
+    E: Fn(&K::View, &A::View) -> U,
+    N: Push<U>,
+{
+    /// Hashes the keys of a chunk and asks for their slots.
+    #[inline(always)]
+    fn ask(&mut self, chunk: Batch<'_, T>, hashes: &mut [KeyHash; AHEAD]) {
+        for (hash, item) in hashes.iter_mut().zip(chunk) {
+            *hash = self.keyed.hash(item);
+            self.table.prefetch(*hash);
+        }
+    }
+
+    /// Applies a chunk: all keys that are quickly found in one run, the others one by one.
+    #[inline(always)]
+    fn apply_chunk(&mut self, cx: &mut Cx, chunk: Batch<'_, T>, hashes: &[KeyHash; AHEAD]) {
+        let mut rest = chunk;
+        let mut from = 0;
+        while !rest.is_empty() {
+            let done = self.apply_run(cx, rest, &hashes[from..]);
+            let (slow, after) = rest.split_at(done).1.split_at(1);
+            if let Some(item) = slow.iter().next() {
+                self.apply(cx, hashes[from + done], item);
+            }
+            from += done + slow.len();
+            rest = after;
+        }
+    }
+
+    /// Applies the longest run of quickly found keys; returns its length.
+    #[inline(always)]
+    fn apply_run(&mut self, cx: &mut Cx, batch: Batch<'_, T>, hashes: &[KeyHash]) -> usize {
+        let key = &self.keyed.key;
+        let keys = hashes.iter().zip(batch).map(|(hash, item)| (*hash, key(item.view)));
+        let mut run = self.table.run(&mut cx.txn, keys, &mut self.places[..batch.len()]);
+        for (index, item) in batch.iter().enumerate().take(run.len()) {
+            let value = run.value(index);
+            (self.fold)(value, item.view);
+            let mut unused = Scratch::default();
+            let mut unused_too = Scratch::default();
+            let key = (self.keyed.key)(item.view);
+            let out = (self.emit)(key.item(&mut unused).view, value.item(&mut unused_too).view);
+            self.next.push_value(cx, &out);
+        }
+        run.len()
+    }
 }
 
 /// `reduce`: the accumulator is a record of the stream's own type.

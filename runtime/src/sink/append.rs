@@ -36,11 +36,7 @@ impl AppendFile {
         let is_regular = meta.is_file();
         if is_regular {
             if meta.len() < position {
-                return Err(format!(
-                    "output {} has {} bytes where {position} were written; it was changed from outside",
-                    path.display(),
-                    meta.len()
-                ));
+                return Err(changed(path, meta.len(), position));
             }
             file.set_len(position).map_err(|error| failed("truncate output", error))?;
         }
@@ -58,7 +54,14 @@ impl AppendFile {
     /// What the system says, as text.
     pub fn flush(&mut self, position: &mut u64) -> Result<(), String> {
         let done = if self.is_regular {
-            self.file.write_all_at(&self.buffer, *position)
+            // Writing behind a file that was cut short would fill the gap with zeros.
+            match self.file.metadata() {
+                Ok(meta) if meta.len() < *position => {
+                    return Err(changed(&self.path, meta.len(), *position));
+                }
+                Ok(_) => self.file.write_all_at(&self.buffer, *position),
+                Err(error) => Err(error),
+            }
         } else {
             self.file.write_all(&self.buffer)
         };
@@ -67,4 +70,11 @@ impl AppendFile {
         self.buffer.clear();
         Ok(())
     }
+}
+
+fn changed(path: &Path, found: u64, written: u64) -> String {
+    format!(
+        "output {} has {found} bytes where {written} were written: it was changed from outside; run the job again",
+        path.display()
+    )
 }

@@ -26,7 +26,7 @@ pub(crate) struct Outputs {
 impl Outputs {
     /// Claims and empties all outputs of a plan.
     pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
-        let mut locks = Vec::new();
+        let (mut locks, mut claimed) = (Vec::new(), Vec::new());
         for (output, stage) in &plan.outputs {
             let lock_path = match &output.parts {
                 None => output.path.clone(),
@@ -40,11 +40,20 @@ impl Outputs {
             let file = file.map_err(|error| refuse(&lock_path, &error))?;
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
+                if claimed.iter().any(|(other, ..): &(&Output, _, _)| other.path == output.path) {
+                    return Err(Error::Plan(format!(
+                        "two sinks write to {}; give each an output of its own",
+                        output.path.display()
+                    )));
+                }
                 lock(&file, &output.path, meta.ino())?;
                 locks.push(file);
             }
-            let parts = plan.stages[*stage].workers.len();
-            empty(output, parts, meta.is_file())?;
+            claimed.push((output, plan.stages[*stage].workers.len(), meta.is_file()));
+        }
+        // Only once all are ours: a job that is refused has touched nothing.
+        for (output, parts, is_regular) in claimed {
+            empty(output, parts, is_regular)?;
         }
         Ok(Self { _locks: locks })
     }

@@ -474,7 +474,9 @@ impl LineReader {
         match read {
             Ok(0) => {
                 let (path, planned) = (self.path.clone(), self.range.end);
-                Err(InputError::Shrunk { path, planned, found: at })
+                // A block may reach beyond what is left: say how long the file is, not how far it was read.
+                let found = self.file.metadata().map_or(at, |meta| meta.len().min(at));
+                Err(InputError::Shrunk { path, planned, found })
             }
             Ok(bytes) => {
                 self.unread.end += bytes;
