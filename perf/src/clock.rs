@@ -1,5 +1,5 @@
-//! A clock for times of a few tens of nanoseconds: the processor's tick counter, where reading the system's clock would
-//! take as long as what is measured.
+//! A clock for times of a few tens of nanoseconds: the processor's tick counter, where reading the
+//! system's clock would take as long as what is measured.
 //!
 //! Called by `regime` and `ring`.
 

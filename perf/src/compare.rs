@@ -1,8 +1,9 @@
 //! Comparison: this engine and others in turn, on the same work, in the same minutes.
 //!
-//! A file lists the comparisons; for each rival, ours and theirs run alternately, pair by pair, the order within a pair
-//! changing. Every run says in which regime it was; a pair counts in a regime when both its runs were in it, and mixed
-//! pairs stand apart. Printed are medians and their ratio, so that one greater than 1 is in our favour.
+//! A file lists the comparisons; for each rival, ours and theirs run alternately, pair by pair, the
+//! order within a pair changing. Every run says in which regime it was; a pair counts in a regime
+//! when both its runs were in it, and mixed pairs stand apart. Printed are medians and their ratio,
+//! so that one greater than 1 is in our favour.
 //!
 //! Called by `main`.
 
@@ -239,7 +240,8 @@ mod tests {
 
     #[test]
     fn a_figure_is_found_in_the_line_that_was_named() {
-        let text = "x bytes=8 msgs_per_s=1 regime_rtt_ns=1/2\nx bytes=64 msgs_per_s=173.5 regime_rtt_ns=100/460 n=1";
+        let text = "x bytes=8 msgs_per_s=1 regime_rtt_ns=1/2\n\
+                    x bytes=64 msgs_per_s=173.5 regime_rtt_ns=100/460 n=1";
         assert_eq!(find_rival(text, &rival()), Some((173.5, [100, 460])));
         assert_eq!(find_rival("bytes=64 msgs_per_s=x regime_rtt_ns=1/2", &rival()), None);
         assert_eq!(find_rival("bytes=64 msgs_per_s=1", &rival()), None);

@@ -1,9 +1,11 @@
-//! Latency: w1 at a fixed rate, open loop, from the intended send time of an event to after its count.
+//! Latency: w1 at a fixed rate, open loop, from the intended send time of an event to after its
+//! count.
 //!
-//! Each source emits the events that are due, with the time at which each *should* have been sent; if it is late, the
-//! delay counts (no coordinated omission). Behind the count, at the black box, the time is taken. All keys are there
-//! before the clock starts, and the first seconds are left out. Events that stay in their worker are counted apart:
-//! `latency_us_*` are those that crossed to another process, `all_latency_us_*` are all of them.
+//! Each source emits the events that are due, with the time at which each *should* have been sent;
+//! if it is late, the delay counts (no coordinated omission). Behind the count, at the black box,
+//! the time is taken. All keys are there before the clock starts, and the first seconds are left
+//! out. Events that stay in their worker are counted apart: `latency_us_*` are those that crossed
+//! to another process, `all_latency_us_*` are all of them.
 //!
 //! The sink's closure keeps the histograms and writes them to a file when the worker ends.
 //!

@@ -1,6 +1,7 @@
 //! Benchmarks of Testudo: `testudo-perf BENCH --help` says what each one measures.
 //!
-//! Each figure is one line, with `--json` one JSON object. Exit codes: 1 the run failed, 2 bad usage, 3 a wrong result.
+//! Each figure is one line, with `--json` one JSON object. Exit codes: 1 the run failed, 2 bad
+//! usage, 3 a wrong result.
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -60,7 +61,8 @@ enum Bench {
     W3(throughput::Args),
     /// w1 at a fixed rate: from the intended send time to after the count
     Latency(latency::Args),
-    /// w1 while workers are killed: time to their first commit, others' pauses, records lost or doubled
+    /// w1 while workers are killed: time to their first commit, others' pauses, records lost or
+    /// doubled
     Recovery(recovery::Args),
     /// From the start of a process to the first result on its standard output
     Startup(startup::Args),

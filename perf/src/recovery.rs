@@ -1,14 +1,16 @@
 //! Recovery: w1 at full speed or at a rate, while workers are killed.
 //!
-//! Measured for each SIGKILL: from the kill to the first commit of the victim's successor, and the longest time that any
-//! other worker went without a commit in between (a pause that ends later counts whole). The workers themselves note both
-//! in their headers; this process only reads them, so its own sleep is not in the figures.
+//! Measured for each SIGKILL: from the kill to the first commit of the victim's successor, and the
+//! longest time that any other worker went without a commit in between (a pause that ends later
+//! counts whole). The workers themselves note both in their headers; this process only reads them,
+//! so its own sleep is not in the figures.
 //!
-//! Accounting is exact, key by key. Each source first emits every key once (uncounted: so the state is as large as asked
-//! for before the first kill), then events until it finds the file `stop`, then a query for every key. A key that has
-//! seen the queries of all sources has seen everything before them, since a producer's records stay in order: its count
-//! goes to a file. It must equal the number of events with that key that the sources say they emitted; the rest is lost
-//! or doubled.
+//! Accounting is exact, key by key. Each source first emits every key once (uncounted: so the state
+//! is as large as asked for before the first kill), then events until it finds the file `stop`,
+//! then a query for every key. A key that has seen the queries of all sources has seen everything
+//! before them, since a producer's records stay in order: its count goes to a file. It must equal
+//! the number of events with that key that the sources say they emitted; the rest is lost or
+//! doubled.
 //!
 //! Called by `main`.
 
@@ -51,7 +53,8 @@ pub struct Args {
     engine: EngineArgs,
 }
 
-/// Keys of w1, and bytes of state that one key takes at least: sixteen for the slot, at most half as much again free.
+/// Keys of w1, and bytes of state that one key takes at least: sixteen for the slot, at most half
+/// as much again free.
 const KEYS: u64 = 1_000_000;
 const BYTES_PER_KEY: u64 = 24;
 
@@ -281,7 +284,8 @@ fn add(lines: &mut Lines, name: &str, nanos: impl Iterator<Item = u64>) {
     }
 }
 
-/// Runs the job, kills, stops it. Gives the recoveries, the bytes of state before the first kill, and the report.
+/// Runs the job, kills, stops it. Gives the recoveries, the bytes of state before the first kill,
+/// and the report.
 fn play(job: Job, args: &Args, folder: &Path) -> Result<(Vec<Recovery>, u64, Report), Failure> {
     let running = job.start();
     let Some(view) = running.workers() else {
@@ -357,7 +361,8 @@ fn kill(running: &Running, view: &View, victim: usize) -> Result<Recovery, Failu
     wait_until(running, "the victim's successor commits", limit, || first_commit() > killed_ns)?;
     let back_ns = first_commit();
     let attached_ns = header.attached_ns.load(Ordering::Acquire);
-    // A pause that is still open ends with a commit after `back_ns`; without one, it counts as it stands.
+    // A pause that is still open ends with a commit after `back_ns`; without one, it counts as it
+    // stands.
     let goes_on = |other: &&WorkerHeader| other.commit_ns.load(Ordering::Acquire) > back_ns;
     let all_go_on = || others.iter().all(goes_on);
     let _ = wait_until(running, "the others commit", Duration::from_millis(500), all_go_on);
@@ -370,8 +375,8 @@ fn kill(running: &Running, view: &View, victim: usize) -> Result<Recovery, Failu
     })
 }
 
-/// The longest pause of a worker that overlaps `[from, to]`, of those noted since `seen`; the least that is noted when
-/// there is none.
+/// The longest pause of a worker that overlaps `[from, to]`, of those noted since `seen`; the least
+/// that is noted when there is none.
 fn longest_gap(header: &WorkerHeader, seen: u64, from: u64, to: u64) -> u64 {
     let count = header.gap_count.load(Ordering::Acquire);
     let kept = header.gaps.len() as u64;

@@ -1,8 +1,8 @@
 //! The regime: how far apart the two cores are right now.
 //!
-//! Virtual cores move between one shared cache ("near", about 100 ns round trip) and two ("far", about 450 ns), and every
-//! figure that involves two cores moves with them. So each line carries the round trip before and after its run, and
-//! figures are compared only within a regime.
+//! Virtual cores move between one shared cache ("near", about 100 ns round trip) and two ("far",
+//! about 450 ns), and every figure that involves two cores moves with them. So each line carries
+//! the round trip before and after its run, and figures are compared only within a regime.
 //!
 //! Called by every bench.
 

@@ -1,7 +1,7 @@
 //! What a bench says: one line for each figure, for people or as JSON, and how a bench can fail.
 //!
-//! Invariants: a line names everything that its figure depends on, the regime included, so that lines can be collected
-//! and compared later. Called by every bench and by `main`.
+//! Invariants: a line names everything that its figure depends on, the regime included, so that
+//! lines can be collected and compared later. Called by every bench and by `main`.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -23,7 +23,8 @@ pub struct Line {
     pub value: Value,
     /// Its unit.
     pub unit: &'static str,
-    /// Round trip of a cache line between the two cores, before and after; nothing where only one core may be used.
+    /// Round trip of a cache line between the two cores, before and after; nothing where only one
+    /// core may be used.
     pub regime_rtt_ns: Option<[u64; 2]>,
     /// What the run depended on.
     pub params: Params,

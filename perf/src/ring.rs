@@ -1,9 +1,11 @@
-//! The ring alone: numbered messages from a process on one core to a process on another, each summed in place.
+//! The ring alone: numbered messages from a process on one core to a process on another, each
+//! summed in place.
 //!
-//! Two segments, one for each process, hold a ring in each direction; each process maps its own writable and the
-//! other's read-only, as workers do. Batch 1 publishes every message by itself before the next is written; batch 64
-//! writes 64 messages into one frame and publishes once. The round trip sends one message and waits for the answer.
-//! The receiver checks the sum of all messages, so a lost, doubled or torn one fails the run.
+//! Two segments, one for each process, hold a ring in each direction; each process maps its own
+//! writable and the other's read-only, as workers do. Batch 1 publishes every message by itself
+//! before the next is written; batch 64 writes 64 messages into one frame and publishes once. The
+//! round trip sends one message and waits for the answer. The receiver checks the sum of all
+//! messages, so a lost, doubled or torn one fails the run.
 //!
 //! Called by `main`.
 
@@ -31,7 +33,8 @@ pub struct Args {
     /// Messages published at once: 1 or 64 [default: both]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
-    /// Bytes of ring, a power of two, at least a page and two batches [default: 64 KiB, 1 MiB for 1024-byte messages]
+    /// Bytes of ring, a power of two, at least a page and two batches [default: 64 KiB, 1 MiB for
+    /// 1024-byte messages]
     #[arg(long, value_name = "BYTES")]
     ring_bytes: Option<testudo::config::Bytes>,
 }
@@ -79,7 +82,8 @@ impl Scene {
         }
         let ring = |from: usize| {
             let (at, to) = (from * each, (1 - from) * each);
-            // SAFETY: the first page of each segment has the two words, the data behind it is mapped mirrored.
+            // SAFETY: the first page of each segment has the two words, the data behind it is
+            // mapped mirrored.
             unsafe { RingParts::at(arena.base(), at + PAGE, self.capacity, at, to + WORD_STRIDE) }
         };
         // SAFETY: the arena is leaked; each process takes its own ends, once.
@@ -90,7 +94,8 @@ impl Scene {
 }
 
 impl Ends {
-    /// Sends messages `from..from + COUNT` in one frame, each `W` words with its number, and publishes.
+    /// Sends messages `from..from + COUNT` in one frame, each `W` words with its number, and
+    /// publishes.
     #[inline(always)]
     fn send<const W: usize>(&mut self, from: u64, count: usize)
     where
@@ -238,7 +243,8 @@ fn fork_receiver<const W: usize>(scene: &Scene, core: usize, messages: u64) -> R
 where
     [u64; W]: Record<View = [u64; W]> + FromBytes + IntoBytes,
 {
-    // SAFETY: no other thread of this process runs (the regime's threads were joined), so the copy may allocate.
+    // SAFETY: no other thread of this process runs (the regime's threads were joined), so the copy
+    // may allocate.
     let pid = unsafe { libc::fork() };
     if pid < 0 {
         return Err(std::io::Error::last_os_error().into());
@@ -278,7 +284,8 @@ where
     let (regime, result) = regime::around(|| {
         let scene = Arc::new(Scene::new(capacity)?);
         let pid = fork_receiver::<W>(&scene, other_core, messages)?;
-        // A thread of its own: its pinning ends with it, and a receiver that failed leaves it behind.
+        // A thread of its own: its pinning ends with it, and a receiver that failed leaves it
+        // behind.
         let sending = std::thread::spawn(move || {
             regime::pin(own_core);
             let sent = scene.attach(0).and_then(|ends| sender::<W>(ends, messages, batch));

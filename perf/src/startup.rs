@@ -1,8 +1,9 @@
 //! Startup: from the start of a job's process to its first result, printed.
 //!
-//! Another process of this program is started with a small job of two workers; the clock runs from before the start to
-//! the first byte on its standard output. So it has in it: loading the program, planning, creating and mapping the
-//! segments, starting the workers, attaching, the exchange, and the way back to the printing process.
+//! Another process of this program is started with a small job of two workers; the clock runs from
+//! before the start to the first byte on its standard output. So it has in it: loading the program,
+//! planning, creating and mapping the segments, starting the workers, attaching, the exchange, and
+//! the way back to the printing process.
 //!
 //! Called by `main`.
 

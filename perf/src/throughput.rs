@@ -1,8 +1,9 @@
 //! Throughput: a workload from its first event to its last result, at full speed.
 //!
-//! The clock runs from the moment the first worker has attached to the last commit of any worker, so the growth of
-//! tables and the results are inside, the start of processes is not. Results of w2 and w3 are written to a file and
-//! checked against the published sums; w0 and w1 must have handed every record to the black box.
+//! The clock runs from the moment the first worker has attached to the last commit of any worker,
+//! so the growth of tables and the results are inside, the start of processes is not. Results of w2
+//! and w3 are written to a file and checked against the published sums; w0 and w1 must have handed
+//! every record to the black box.
 //!
 //! Called by `main`.
 

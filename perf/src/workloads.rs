@@ -1,7 +1,8 @@
-//! The workloads w0 to w3: the same events, keys, windows and checksums as the programs that they are compared with.
+//! The workloads w0 to w3: the same events, keys, windows and checksums as the programs that they
+//! are compared with.
 //!
-//! Event number n of N: `r = splitmix64(n)`, auction `r % K`, bidder `(r >> 20) % 100,000`, price `(r >> 40) % 10,000`,
-//! time n / 1000 milliseconds. Subtask s of p reads n = s, s + p, …
+//! Event number n of N: `r = splitmix64(n)`, auction `r % K`, bidder `(r >> 20) % 100,000`, price
+//! `(r >> 40) % 10,000`, time n / 1000 milliseconds. Subtask s of p reads n = s, s + p, …
 //!
 //! Called by the benches, in the launching process and in the workers alike.
 
@@ -81,7 +82,8 @@ impl MostBids {
     }
 }
 
-/// w2: a sliding count of 10 s every 2 s by auction, and of each window the largest; rows to the file `rows`.
+/// w2: a sliding count of 10 s every 2 s by auction, and of each window the largest; rows to the
+/// file `rows`.
 pub fn w2(flow: &Flow, events: u64, rows: &str) {
     let window = sliding(Duration::from_secs(10), Duration::from_secs(2));
     flow.source("bids", Generator::new(events, bid::<K2>))
@@ -111,7 +113,8 @@ pub fn w2(flow: &Flow, events: u64, rows: &str) {
         );
 }
 
-/// The best bid of a window: the highest price; of equal ones the lowest bidder, then the lowest auction.
+/// The best bid of a window: the highest price; of equal ones the lowest bidder, then the lowest
+/// auction.
 #[testudo::record]
 pub struct Best {
     /// The price.
@@ -143,7 +146,8 @@ pub struct BestBid {
     pub best: Best,
 }
 
-/// w3: the best bid of every 10 s, each worker's own first and then of all; rows to the file `rows`.
+/// w3: the best bid of every 10 s, each worker's own first and then of all; rows to the file
+/// `rows`.
 pub fn w3(flow: &Flow, events: u64, rows: &str) {
     let text = |row: &BestBid| {
         let Best { price, bidder, auction } = row.best;
@@ -163,7 +167,8 @@ pub fn w3(flow: &Flow, events: u64, rows: &str) {
         .sink("rows", FileSink::new(rows, Lines(text)));
 }
 
-/// Checksum of the rows that w2 or w3 wrote: the wrapping sum of a hash of each row, whatever their order.
+/// Checksum of the rows that w2 or w3 wrote: the wrapping sum of a hash of each row, whatever their
+/// order.
 ///
 /// # Errors
 /// A row that is none, as text.

@@ -25,7 +25,8 @@ struct Command<O: Args> {
 }
 
 /// What `--help` begins with.
-const ABOUT: &str = "A Testudo job. Ctrl-C lets it finish what it has read; a second one ends it at once.";
+const ABOUT: &str =
+    "A Testudo job. Ctrl-C lets it finish what it has read; a second one ends it at once.";
 
 /// Runs a job with the standard command line: the whole main of a job's program.
 ///

@@ -102,7 +102,7 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "N")]
     key_groups: Option<usize>,
     /// Ask for huge pages
-    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     huge_pages: Option<bool>,
     /// Stop after so many records of the job's input
     #[arg(long, value_name = "N")]
@@ -117,7 +117,7 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "N")]
     max_rejects: Option<u64>,
     /// Read each input file whole, honouring line ends inside quotes
-    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     no_split: Option<bool>,
     /// Whether producers wait for a dead consumer or drop records for it [default: full]
     #[arg(long, value_enum)]
@@ -126,16 +126,16 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "N")]
     restart_budget: Option<u32>,
     /// Take archived records from other workers without validating them
-    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     trust_records: Option<bool>,
     /// Form of the final report on standard error [default: text]
     #[arg(long, value_enum)]
     report: Option<ReportForm>,
     /// Print the plan and its limits instead of running
-    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     explain: Option<bool>,
     /// Show no progress, even on a terminal
-    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     no_progress: Option<bool>,
     /// TOML file with these settings
     #[arg(long, value_name = "FILE")]

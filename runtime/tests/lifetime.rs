@@ -1,1 +1,466 @@
-fn main() {}
+//! Beginning and end of a job: signals, the death of the launching process, failures in user code, and what is left
+//! behind, which is nothing.
+
+mod common;
+
+use common::process::{Disturber, Held, own_group_and_session, stat, status_kib, workers_of};
+use common::program::{Cli, Started};
+use common::tally::{self, ordered};
+use common::{Jobs, finish, folder, run_failing, settings, sorted_lines, start, text, trials, wait_for};
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use testudo::prelude::*;
+use testudo::sink::file::Lines;
+
+const JOBS: Jobs = &[
+    ("ordered", ordered),
+    ("windows", windows),
+    ("stuck", stuck),
+    ("poisoned", poisoned),
+    ("unlucky", unlucky),
+    ("leaving", leaving),
+];
+
+fn main() -> ExitCode {
+    testudo::init();
+    common::host(
+        JOBS,
+        trials![
+            an_interrupt_drains_the_job,
+            a_termination_drains_the_job,
+            an_interrupt_from_the_terminal_drains_the_job,
+            a_second_signal_stops_at_once,
+            an_embedded_job_is_drained_and_stopped_on_request,
+            a_job_is_drained_while_its_workers_are_being_replaced,
+            a_job_is_drained_before_it_has_read_anything,
+            r3_workers_do_not_outlive_a_killed_launcher,
+            all_workers_are_reaped_before_the_launcher_ends,
+            nothing_is_left_in_shared_memory,
+            workers_stay_in_the_launchers_session_and_group,
+            processes_are_named_after_what_they_do,
+            each_segment_is_writable_in_one_process_only,
+            a_record_that_always_panics_ends_the_job_with_the_panics_words,
+            an_operator_that_panics_once_is_recovered_from,
+            last_words_are_those_of_the_life_that_said_them,
+            a_worker_that_leaves_by_itself_has_died,
+            a_failure_ends_the_job_with_the_operators_name,
+        ],
+    )
+}
+
+/// Windows that nothing but the end of input makes fire.
+fn windows(flow: &Flow, output: &str) {
+    flow.source("numbers", Generator::new(u64::MAX, |n| n))
+        .key_by(|n| n % 100)
+        .window(tumbling(Duration::from_secs(1_000_000)), |n| (*n % 1000) as i64)
+        .aggregate(|| 0u64, |count, _| *count += 1, |into, other| *into += other, |_, _, count| *count)
+        .sink("counts", FileSink::new(output, Lines(|count: &u64| *count)));
+}
+
+/// Starts the job of windows and waits until it has read something.
+fn started(output: &Path) -> Started {
+    let job = Cli::new("windows", &text(output)).workers(2);
+    let job = job.args(["--rate", "100000", "--report", "json"]).own_group().start();
+    let workers = job.workers(2);
+    // They attach, then read: pages of state show that they did.
+    wait_for("state", || {
+        let shared = |pid: &u32| status_kib(*pid, "RssShmem").is_some_and(|kib| kib > 100);
+        workers.iter().all(shared).then_some(())
+    });
+    job
+}
+
+/// All that was read is in the windows that the drain made fire.
+fn assert_drained(job: Started, output: &Path) {
+    let ended = job.wait();
+    let report = ended.report();
+    let counts: u64 = sorted_lines(output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
+    assert!(counts > 0);
+    assert_eq!(report["records_in"], counts);
+    assert_eq!(report["restarts"].as_array().map(Vec::len), Some(0));
+}
+
+fn an_interrupt_drains_the_job() {
+    let folder = folder();
+    let output = folder.path().join("counts");
+    let job = started(&output);
+    job.signal(libc::SIGINT);
+    assert_drained(job, &output);
+}
+
+fn a_termination_drains_the_job() {
+    let folder = folder();
+    let output = folder.path().join("counts");
+    let job = started(&output);
+    job.signal(libc::SIGTERM);
+    assert_drained(job, &output);
+}
+
+fn an_interrupt_from_the_terminal_drains_the_job() {
+    let folder = folder();
+    let output = folder.path().join("counts");
+    let job = started(&output);
+    job.signal_group(libc::SIGINT);
+    assert_drained(job, &output);
+}
+
+/// Takes for ever over each record.
+fn stuck(flow: &Flow, _: &str) {
+    flow.source("numbers", Generator::new(u64::MAX, |n| n))
+        .round_robin()
+        .for_each(|_| std::thread::sleep(Duration::from_secs(1)));
+}
+
+fn a_second_signal_stops_at_once() {
+    for second in [libc::SIGINT, libc::SIGTERM] {
+        let job = Cli::new("stuck", "").workers(2).start();
+        let workers = job.workers(2);
+        job.signal(libc::SIGINT);
+        // Two signals of one number that come together are one to the kernel: the first must have been read.
+        wait_for("the first signal to be taken", || {
+            let pending = pending_signals(job.pid())?;
+            (pending & (1 << (libc::SIGINT - 1)) == 0).then_some(())
+        });
+        job.signal(second);
+        let ended = job.wait();
+        assert_eq!(ended.code, Some(130));
+        assert_eq!(ended.err, "job: stopped before the end, on request\n");
+        assert!(workers.iter().all(|pid| stat(*pid).is_none()), "workers are left");
+    }
+}
+
+/// Signals that wait for a process, as a mask.
+fn pending_signals(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+fn an_embedded_job_is_drained_and_stopped_on_request() {
+    let folder = folder();
+    let output = folder.path().join("counts");
+    let running = start(windows, &text(&output), settings(2));
+    let view = running.workers().expect("the job starts");
+    let disturber = Disturber::new(&running, &view, 1);
+    assert!(disturber.settle(0) && disturber.settle(1));
+    running.stop();
+    let report = finish(running).expect("a drained job ended well");
+    let counts: u64 = sorted_lines(&output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
+    assert_eq!(report.records_in, counts);
+
+    let running = start(stuck, "", settings(2));
+    let _view = running.workers().expect("the job starts");
+    running.stop();
+    running.stop();
+    let error = finish(running).expect_err("it was stopped");
+    assert_eq!((error.to_string().as_str(), error.exit_code()), ("stopped before the end, on request", 130));
+}
+
+fn a_job_is_drained_while_its_workers_are_being_replaced() {
+    for round in 0..common::deep(50, 8) {
+        let folder = folder();
+        let output = folder.path().join("rows");
+        let running = start(ordered, &tally::parameters(u64::MAX, &output), settings(2));
+        let view = running.workers().expect("the job starts");
+        let mut disturber = Disturber::new(&running, &view, round);
+        assert!(disturber.settle(0) && disturber.settle(1));
+        if round % 2 == 0 {
+            running.stop();
+        }
+        disturber.kill_now(0);
+        disturber.kill_now(1);
+        if round % 2 == 1 {
+            running.stop();
+        }
+        let report = finish(running).expect("the job survives");
+        tally::check(&output, report.records_in, 2);
+    }
+}
+
+fn a_job_is_drained_before_it_has_read_anything() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    for _ in 0..10 {
+        let running = start(ordered, &tally::parameters(u64::MAX, &output), settings(2));
+        running.stop();
+        let report = finish(running).expect("a drained job ended well");
+        tally::check(&output, report.records_in, 2);
+    }
+}
+
+fn held_workers(job: &Started, count: usize) -> Vec<Held> {
+    let hold = |pid: &u32| Held::child_of(*pid, job.pid()).expect("a worker of the job");
+    job.workers(count).iter().map(hold).collect()
+}
+
+fn r3_workers_do_not_outlive_a_killed_launcher() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    for stopped in [false, true] {
+        let parameters = tally::parameters(u64::MAX, &output);
+        let job = Cli::new("ordered", &parameters).workers(3).args(["--rate", "10000"]).start();
+        let workers = held_workers(&job, 3);
+        if stopped {
+            assert!(workers[1].signal(libc::SIGSTOP));
+        }
+        job.signal(libc::SIGKILL);
+        wait_for("the workers to end", || workers.iter().all(Held::has_ended).then_some(()));
+        assert_eq!(job.wait().signal, Some(libc::SIGKILL));
+    }
+}
+
+fn all_workers_are_reaped_before_the_launcher_ends() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    for kill in [false, true] {
+        let parameters = tally::parameters(u64::MAX, &output);
+        let job = Cli::new("ordered", &parameters).workers(3).args(["--rate", "10000"]).start();
+        let before = job.workers(3);
+        if kill {
+            for worker in held_workers(&job, 3) {
+                worker.signal(libc::SIGKILL);
+            }
+        }
+        job.signal(libc::SIGINT);
+        let ended = job.wait();
+        assert_eq!(ended.code, Some(0), "{}", ended.err);
+        assert!(before.iter().all(|pid| stat(*pid).is_none()), "workers are left: {before:?}");
+    }
+    run_failing(poisoned, "", Settings { restart_budget: 1, ..settings(2) });
+    assert!(workers_of(std::process::id()).is_empty(), "workers are left after a failure");
+}
+
+fn nothing_is_left_in_shared_memory() {
+    let ours = || {
+        let names = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
+        let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.contains("testudo") || name.contains("trace-me")).collect::<Vec<_>>()
+    };
+    let before = ours();
+    let folder = folder();
+    let output = folder.path().join("rows");
+    for signal in [libc::SIGINT, libc::SIGKILL] {
+        let parameters = tally::parameters(u64::MAX, &output);
+        let job = Cli::new("ordered", &parameters).workers(2).args(["--name", "trace-me"]).start();
+        let workers = held_workers(&job, 2);
+        assert_eq!(ours(), before, "while it runs");
+        job.signal(signal);
+        job.wait();
+        wait_for("the workers to end", || workers.iter().all(Held::has_ended).then_some(()));
+        assert_eq!(ours(), before, "after signal {signal}");
+    }
+}
+
+fn workers_stay_in_the_launchers_session_and_group() {
+    let own = own_group_and_session();
+    let job = Cli::new("stuck", "").workers(2).start();
+    for pid in job.workers(2) {
+        let stat = stat(pid).expect("a worker");
+        assert_eq!((stat.group, stat.session), own);
+    }
+    job.signal(libc::SIGKILL);
+    job.wait();
+}
+
+fn processes_are_named_after_what_they_do() {
+    let job = Cli::new("stuck", "").workers(3).start();
+    let mut names: Vec<String> =
+        job.workers(3).into_iter().map(|pid| stat(pid).expect("a worker").name).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["testudo-w0", "testudo-w1", "testudo-w2"]);
+    assert_eq!(stat(job.pid()).expect("the launcher").name, "testudo-sup");
+    for pid in job.workers(3) {
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("a worker");
+        assert!(line.starts_with("testudo-w"), "{line:?}");
+    }
+    job.signal(libc::SIGKILL);
+    job.wait();
+}
+
+/// Segments of a job that a process has mapped, by name, with whether it may write them.
+fn segments(pid: u32) -> Vec<(String, bool)> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("a living process");
+    let mut found = Vec::new();
+    for line in maps.lines() {
+        if let Some((head, name)) = line.split_once("/memfd:") {
+            let rights = head.split_whitespace().nth(1).unwrap_or_default();
+            assert!(!rights.contains('x'), "executable: {line}");
+            found.push((name.replace(" (deleted)", ""), rights.contains('w')));
+        }
+    }
+    found
+}
+
+fn each_segment_is_writable_in_one_process_only() {
+    let folder = folder();
+    let job = started(&folder.path().join("counts"));
+    let mut writers: std::collections::BTreeMap<String, Vec<u32>> = std::collections::BTreeMap::new();
+    let workers = job.workers(2);
+    for pid in workers.iter().copied().chain([job.pid()]) {
+        for (name, is_writable) in segments(pid) {
+            let pids = writers.entry(name).or_default();
+            if is_writable && !pids.contains(&pid) {
+                pids.push(pid);
+            }
+        }
+    }
+    // Control, two workers, sixteen groups of the one operator with state.
+    assert_eq!(writers.len(), 3 + 16, "{writers:?}");
+    assert!(writers.values().all(|pids| pids.len() == 1), "{writers:?}");
+    assert_eq!(writers["job-control"], [job.pid()]);
+    for worker in workers {
+        // What was mapped needs no descriptor any more; what is kept must not be writable elsewhere.
+        let own = stat(worker).expect("a worker").name.replace("testudo-", "job-");
+        for entry in fs::read_dir(format!("/proc/{worker}/fd")).expect("a worker").flatten() {
+            let target = fs::read_link(entry.path()).unwrap_or_default();
+            let target = target.to_string_lossy().replace(" (deleted)", "");
+            let name = target.strip_prefix("/memfd:").unwrap_or("");
+            let info = format!("/proc/{worker}/fdinfo/{}", entry.file_name().to_string_lossy());
+            let info = fs::read_to_string(info).unwrap_or_default();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap_or("0");
+            let is_writable = u32::from_str_radix(flags.trim(), 8).is_ok_and(|flags| flags & 3 != 0);
+            let is_foreign = name.starts_with("job-w") && name != own;
+            assert!(!(is_foreign && is_writable), "worker {worker} may write {name}");
+        }
+    }
+    job.signal(libc::SIGKILL);
+    job.wait();
+}
+
+fn poisoned(flow: &Flow, _: &str) {
+    flow.source("numbers", Generator::new(100_000, |n| n))
+        .key_by(|n| *n)
+        .stream()
+        .for_each(|n| assert!(*n != 77_777, "record {n} is poison"));
+}
+
+fn a_record_that_always_panics_ends_the_job_with_the_panics_words() {
+    let ended = Cli::new("poisoned", "").workers(2).args(["--restart-budget", "3"]).run();
+    assert_eq!(ended.code, Some(5), "{}", ended.err);
+    let words = "died 4 times in a row without finishing a step (SIGABRT; its last words: panicked at ";
+    assert!(ended.err.contains(words), "{}", ended.err);
+    assert!(ended.err.contains("record 77777 is poison"), "{}", ended.err);
+    assert!(ended.err.trim_end().ends_with("; mend the cause, or raise --restart-budget"), "{}", ended.err);
+}
+
+/// Dies of a record the first time that it sees it: a file remembers that.
+fn unlucky(flow: &Flow, parameters: &str) {
+    let (marker, output) = parameters.split_once(' ').expect("marker and output");
+    let marker = marker.to_owned();
+    flow.source("numbers", Generator::new(50_000, |n| n))
+        .map(move |n| {
+            if *n == 333 && !Path::new(&marker).exists() {
+                fs::write(&marker, "was here").expect("room for a file");
+                panic!("bad luck");
+            }
+            *n
+        })
+        .sink("out", FileSink::new(output, Lines(|n: &u64| *n)));
+}
+
+fn unlucky_parameters(folder: &Path) -> String {
+    format!("{} {}", text(&folder.join("marker")), text(&folder.join("out")))
+}
+
+fn assert_all_out(folder: &Path) {
+    let mut expected: Vec<String> = (0..50_000).map(|n| n.to_string()).collect();
+    expected.sort_unstable();
+    assert_eq!(sorted_lines(&folder.join("out")), expected);
+}
+
+fn an_operator_that_panics_once_is_recovered_from() {
+    let folder = folder();
+    let report = common::run(unlucky, &unlucky_parameters(folder.path()), settings(2));
+    assert_all_out(folder.path());
+    assert_eq!(report.restarts.len(), 1, "{:?}", report.restarts);
+    let restart = &report.restarts[0];
+    assert_eq!(restart.cause, "SIGABRT");
+    assert!(restart.last_words.contains("bad luck"), "{}", restart.last_words);
+    assert!(restart.last_words.contains("lifetime.rs:"), "{}", restart.last_words);
+    assert!(restart.recovery_us.is_some());
+    let text = report.text(testudo::config::ReportForm::Text);
+    assert!(text.contains("died (SIGABRT), back after "), "{text}");
+}
+
+fn last_words_are_those_of_the_life_that_said_them() {
+    let folder = folder();
+    let slow = Settings { rate: Some(25_000), ..settings(1) };
+    let running = start(unlucky, &unlucky_parameters(folder.path()), slow);
+    let view = running.workers().expect("the job starts");
+    wait_for("the panic", || folder.path().join("marker").exists().then_some(()));
+    let first = view.workers[0].pid.load(testudo::shm::primitive::Ordering::Acquire);
+    wait_for("the successor", || {
+        let pid = view.workers[0].pid.load(testudo::shm::primitive::Ordering::Acquire);
+        (pid != first || running.is_over()).then_some(())
+    });
+    let mut disturber = Disturber::new(&running, &view, 3);
+    disturber.kill(0);
+    let report = finish(running).expect("the job survives");
+    assert_all_out(folder.path());
+    let causes: Vec<&str> = report.restarts.iter().map(|restart| restart.cause.as_str()).collect();
+    assert_eq!(causes, ["SIGABRT", "SIGKILL"]);
+    assert!(report.restarts[0].last_words.contains("bad luck"), "{:?}", report.restarts);
+    assert_eq!(report.restarts[1].last_words, "");
+}
+
+/// User code that ends the process as if all were well.
+fn leaving(flow: &Flow, _: &str) {
+    flow.source("numbers", Generator::new(10_000, |n| n)).for_each(|n| {
+        if *n == 5000 {
+            std::process::exit(0);
+        }
+    });
+}
+
+fn a_worker_that_leaves_by_itself_has_died() {
+    let ended = Cli::new("leaving", "").workers(1).args(["--restart-budget", "2"]).run();
+    assert_eq!(ended.code, Some(5));
+    assert_eq!(
+        ended.err,
+        "job: worker 0 died 3 times in a row without finishing a step (exit code 0); mend the cause, or raise \
+         --restart-budget\n"
+    );
+}
+
+/// A source that gives up.
+struct Failing;
+
+impl testudo::source::Source for Failing {
+    type Out = u64;
+    type Position = u64;
+    type Reader = Self;
+
+    fn start(&self, _: testudo::source::Subtask) -> u64 {
+        0
+    }
+
+    fn open(&self, _: testudo::source::Subtask, _: &u64) -> Result<Self, String> {
+        Ok(Self)
+    }
+}
+
+impl testudo::source::Reader<u64, u64> for Failing {
+    fn read(
+        &mut self,
+        at: &mut u64,
+        _: usize,
+        out: &mut impl testudo::source::Collect<u64>,
+    ) -> Result<testudo::source::Progress, String> {
+        if *at > 1000 {
+            return Err("the tap is dry".into());
+        }
+        out.emit(*at);
+        *at += 1;
+        Ok(testudo::source::Progress::More)
+    }
+}
+
+fn failing(flow: &Flow, _: &str) {
+    flow.source("tap", Failing).for_each(|_| ());
+}
+
+fn a_failure_ends_the_job_with_the_operators_name() {
+    let (message, code) = run_failing(failing, "", settings(1));
+    assert_eq!((message.as_str(), code), ("operator tap (worker 0): the tap is dry", 1));
+}

@@ -1,13 +1,16 @@
 //! The consuming end of a ring: look at the tail once, take frames in place, release them.
 //!
 //! Invariants:
-//! - the tail is loaded once per step into a private copy (R5), checked, and only the copy is used (R9);
-//! - a frame is checked before its payload is given out, in one pass that ends: no frame is shorter than its head;
+//! - the tail is loaded once per step into a private copy (R5), checked, and only the copy is used
+//!   (R9);
+//! - a frame is checked before its payload is given out, in one pass that ends: no frame is shorter
+//!   than its head;
 //! - the first fault latches: a poisoned ring gives nothing more and costs nothing;
 //! - payload borrows end before the head is published, since they borrow the consumer.
 //!
-//! The concurrent scribbler is excluded: a peer that changes bytes *after* they were checked breaks the protocol, which
-//! the MMU cannot prevent in its own segment. Plain records stay memory-safe even then (any bit pattern is valid).
+//! The concurrent scribbler is excluded: a peer that changes bytes *after* they were checked breaks
+//! the protocol, which the MMU cannot prevent in its own segment. Plain records stay memory-safe
+//! even then (any bit pattern is valid).
 //!
 //! Called by a stage's inlet and by the supervisor's stdout.
 
@@ -18,6 +21,12 @@ use crate::primitive::{AtomicU64, Ordering, prefetch};
 use crate::ring::RingParts;
 use std::ptr::NonNull;
 use zerocopy::FromBytes;
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// New bytes that are asked for at once; beyond that the processor has seen where it goes.
+const PREFETCH_MAX: u64 = 1024;
 
 /// The consuming end of one ring.
 #[derive(Debug)]
@@ -31,7 +40,8 @@ pub struct Consumer {
     fault: Option<Fault>,
 }
 
-// SAFETY: the pointers lead into shared mappings that live as long as the process; one thread uses a consumer at a time.
+// SAFETY: the pointers lead into shared mappings that live as long as the process; one thread uses
+// a consumer at a time.
 unsafe impl Send for Consumer {}
 
 /// A frame at the head of a ring.
@@ -54,7 +64,8 @@ impl Consumer {
     /// Takes the consuming end at `head` (0 for a new ring, the cell's value after a crash).
     ///
     /// # Safety
-    /// The parts are mapped as long as `self` lives, the head word writable; no other live consumer takes this ring.
+    /// The parts are mapped as long as `self` lives, the head word writable; no other live
+    /// consumer takes this ring.
     #[must_use]
     pub unsafe fn attach(parts: RingParts, head: u64) -> Self {
         Self { parts, head, tail_seen: head, next: head, published: head, fault: None }
@@ -85,10 +96,12 @@ impl Consumer {
         self.next = self.head;
     }
 
-    /// Loads the producer's tail: true when there is something to take. Once per step, before the control word (R5).
+    /// Loads the producer's tail: true when there is something to take. Once per step, before the
+    /// control word (R5).
     #[inline(always)]
     pub fn look(&mut self) -> bool {
-        // SYNC ring-tail: pairs with the release store in Producer::publish; bytes before it are readable.
+        // SYNC ring-tail: pairs with the release store in Producer::publish; bytes before it are
+        // readable.
         let tail = self.word(self.parts.tail).load(Ordering::Acquire);
         if tail != self.tail_seen {
             self.moved_to(tail);
@@ -96,7 +109,8 @@ impl Consumer {
         self.tail_seen != self.head
     }
 
-    /// Believes a new tail, if it can be true: not before the last one, at most a capacity from the head.
+    /// Believes a new tail, if it can be true: not before the last one, at most a capacity from the
+    /// head.
     #[inline(always)]
     fn moved_to(&mut self, tail: u64) {
         if self.fault.is_some() {
@@ -106,13 +120,19 @@ impl Consumer {
         match cursor::between(tail, seen, self.head.wrapping_add(capacity), capacity) {
             Ok(tail) => {
                 self.tail_seen = tail;
-                // The first lines together: otherwise the second is asked for when the first has come.
-                let at = self.parts.data.as_ptr();
-                let first = (self.head & (capacity - 1)) as usize;
-                prefetch(at.wrapping_add(first));
-                prefetch(at.wrapping_add(first + 64));
+                self.prefetch(seen, tail - seen);
             }
             Err(_) => self.quarantine(Fault::Position { found: tail, own: seen, capacity }),
+        }
+    }
+
+    /// Asks for what is new, all lines at once: a load at a time would wait for one after the other.
+    #[inline(always)]
+    fn prefetch(&self, from: u64, bytes: u64) {
+        let first = (from & (self.parts.capacity - 1)) as usize;
+        let bytes = bytes.min(PREFETCH_MAX) as usize;
+        for offset in (0..bytes + LINE - 1).step_by(LINE) {
+            prefetch(self.parts.data.as_ptr().wrapping_add(first + offset));
         }
     }
 
@@ -123,7 +143,8 @@ impl Consumer {
         self.tail_seen - self.head
     }
 
-    /// The frame at the head, skipping pads; `None` when everything looked at is taken (or the ring is quarantined).
+    /// The frame at the head, skipping pads; `None` when everything looked at is taken (or the ring
+    /// is quarantined).
     #[inline(always)]
     pub fn frame(&mut self) -> Option<Frame<'_>> {
         loop {
@@ -139,10 +160,13 @@ impl Consumer {
             };
             self.next = self.head + HEAD + head.bytes;
             let at = (self.head + HEAD) & (self.parts.capacity - 1);
-            // SAFETY: the check says that bytes..tail are published and at most a capacity long: contiguous through
-            // the mirror, and not written again before the head passes them.
+            // SAFETY: the check says that bytes..tail are published and at most a capacity long:
+            // contiguous through the mirror, and not written again before the head passes them.
             let bytes = unsafe {
-                std::slice::from_raw_parts(self.parts.data.as_ptr().add(at as usize), head.bytes as usize)
+                std::slice::from_raw_parts(
+                    self.parts.data.as_ptr().add(at as usize),
+                    head.bytes as usize,
+                )
             };
             match head.kind {
                 Kind::Pad => self.head = self.next,
@@ -159,7 +183,8 @@ impl Consumer {
     #[inline(always)]
     fn checked_head(&self) -> Result<Head, Fault> {
         let at = self.head & (self.parts.capacity - 1);
-        // SAFETY: masked, 8-aligned, inside the mirrored data; published bytes are no longer written by the producer.
+        // SAFETY: masked, 8-aligned, inside the mirrored data; published bytes are no longer
+        // written by the producer.
         let word = unsafe { self.parts.data.as_ptr().add(at as usize).cast::<u64>().read() };
         Head::check(word, self.head, self.tail_seen - self.head)
     }
@@ -181,7 +206,8 @@ impl Consumer {
     /// Gives everything before `position` back to the producer. Only after the step has committed.
     #[inline(always)]
     pub fn publish(&mut self) {
-        // SYNC ring-head: pairs with the acquire load in Producer::refresh; we no longer read before it.
+        // SYNC ring-head: pairs with the acquire load in Producer::refresh; we no longer read
+        // before it.
         self.word(self.parts.head).store(self.head, Ordering::Release);
         self.published = self.head;
     }

@@ -1,11 +1,13 @@
 //! Positions: monotone 64-bit byte counts. Pure arithmetic, no memory.
 //!
-//! Called by `producer` (with the consumer's head) and `consumer` (with the producer's tail). Each takes a word that a
-//! peer wrote, already loaded once into a local, and says whether it can be true (rule R9).
+//! Called by `producer` (with the consumer's head) and `consumer` (with the producer's tail). Each
+//! takes a word that a peer wrote, already loaded once into a local, and says whether it can be
+//! true (rule R9).
 
 use crate::fault::Fault;
 
-/// Bytes between two positions; fails when `ahead` is not within `capacity` of `behind`, or not a multiple of eight.
+/// Bytes between two positions; fails when `ahead` is not within `capacity` of `behind`, or not a
+/// multiple of eight.
 ///
 /// # Errors
 /// [`Fault::Position`] with both positions.

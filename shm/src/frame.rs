@@ -1,4 +1,5 @@
-//! Frames: what stands in a ring. One 64-bit head word, then the payload, everything in multiples of eight.
+//! Frames: what stands in a ring. One 64-bit head word, then the payload, everything in multiples
+//! of eight.
 //!
 //! ```text
 //!   head word:  kind (8 bits) | count (24 bits) | payload bytes (32 bits)
@@ -8,8 +9,9 @@
 //!   End         the producer will never send again (until its end is taken back by a restore)
 //! ```
 //!
-//! Invariants: the head is one aligned word, so it is read once and never torn; kind zero is never valid, since a
-//! punched or untouched page reads as zeros. Pure arithmetic, no memory. Called by `producer` and `consumer`.
+//! Invariants: the head is one aligned word, so it is read once and never torn; kind zero is never
+//! valid, since a punched or untouched page reads as zeros. Pure arithmetic, no memory. Called by
+//! `producer` and `consumer`.
 
 use crate::fault::Fault;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -68,7 +70,8 @@ impl Head {
         ((self.kind as u64) << 56) | (self.count << 32) | self.bytes
     }
 
-    /// Checks a head word read at ring position `at`, with `published` bytes from there to the tail.
+    /// Checks a head word read at ring position `at`, with `published` bytes from there to the
+    /// tail.
     ///
     /// # Errors
     /// What cannot be true about it.

@@ -2,8 +2,10 @@
 //!
 //! Invariants:
 //! - `position` is private truth; the published tail follows it, only at `publish` (after commit);
-//! - nothing before the published tail is ever patched (R6): frames are closed before the step commits;
-//! - the consumer's head is loaded once into a local and checked before it is believed (R9); a wrong one latches.
+//! - nothing before the published tail is ever patched (R6): frames are closed before the step
+//!   commits;
+//! - the consumer's head is loaded once into a local and checked before it is believed (R9); a
+//!   wrong one latches.
 //!
 //! Called by the exchange (through `scatter`), by the spill and by the supervisor's stdin.
 
@@ -27,20 +29,22 @@ pub struct Producer {
     parts: RingParts,
     position: u64,
     head_seen: u64,
-    /// Where the free bytes end: `head_seen + capacity`, or `position` after a fault, so that one comparison says
-    /// whether a frame fits.
+    /// Where the free bytes end: `head_seen + capacity`, or `position` after a fault, so that one
+    /// comparison says whether a frame fits.
     free_to: u64,
     fault: Option<Fault>,
 }
 
-// SAFETY: the pointers lead into shared mappings that live as long as the process; one thread uses a producer at a time.
+// SAFETY: the pointers lead into shared mappings that live as long as the process; one thread uses
+// a producer at a time.
 unsafe impl Send for Producer {}
 
 impl Producer {
     /// Takes the producing end at `position` (0 for a new ring, the cell's value after a crash).
     ///
     /// # Safety
-    /// The parts stay mapped until the process ends, data and tail writable; no other live producer writes this ring.
+    /// The parts stay mapped until the process ends, data and tail writable; no other live
+    /// producer writes this ring.
     #[must_use]
     pub unsafe fn attach(parts: RingParts, position: u64) -> Self {
         let head_seen = position.saturating_sub(parts.capacity);
@@ -80,7 +84,8 @@ impl Producer {
         if self.fault.is_some() {
             return;
         }
-        // SYNC ring-head: pairs with the release store in Consumer::publish; the space behind it is free.
+        // SYNC ring-head: pairs with the release store in Consumer::publish; the space behind it is
+        // free.
         let mut head = self.word(self.parts.head).load(Ordering::Acquire);
         if let Some(replica) = self.parts.replica_head {
             let other = self.word(replica).load(Ordering::Acquire);
@@ -111,7 +116,8 @@ impl Producer {
         self.free_to - self.position
     }
 
-    /// Whether a frame with so much payload fits, asking the consumer only when it does not seem to.
+    /// Whether a frame with so much payload fits, asking the consumer only when it does not seem
+    /// to.
     #[inline(always)]
     fn fits(&mut self, bytes: usize) -> bool {
         let need = bytes as u64 + OVERHEAD;
@@ -121,15 +127,16 @@ impl Producer {
         }
     }
 
-    /// Payload bytes that one data frame can take now: at least `want` if the ring has them. 0 after a fault.
+    /// Payload bytes that one data frame can take now: at least `want` if the ring has them. 0
+    /// after a fault.
     #[inline(always)]
     pub fn room(&mut self, want: usize) -> usize {
         self.fits(want);
         self.free().saturating_sub(OVERHEAD) as usize
     }
 
-    /// The place of the next data frame's payload, for up to `bytes` bytes; `bytes <= room(bytes)` was checked before.
-    /// Large payloads are brought to a cache line by a pad frame.
+    /// The place of the next data frame's payload, for up to `bytes` bytes; `bytes <= room(bytes)`
+    /// was checked before. Large payloads are brought to a cache line by a pad frame.
     #[inline(always)]
     pub(crate) fn open(&mut self, bytes: usize) -> NonNull<u8> {
         if bytes >= ALIGN_FROM {
@@ -162,14 +169,18 @@ impl Producer {
         unsafe { at.cast::<u64>().write(head.word()) };
     }
 
-    /// Closes the open data frame: `bytes` (a multiple of eight after padding) and `count` records. Nothing if empty.
+    /// Closes the open data frame: `bytes` (a multiple of eight after padding) and `count` records.
+    /// Nothing if empty.
     #[inline(always)]
     pub(crate) fn close(&mut self, bytes: usize, count: usize) {
         if count == 0 {
             return;
         }
         assert!(count as u64 <= COUNT_MAX, "a frame of {count} records");
-        debug_assert!(self.fault.is_some() || bytes as u64 + HEAD <= self.free(), "frame past its room");
+        debug_assert!(
+            self.fault.is_some() || bytes as u64 + HEAD <= self.free(),
+            "frame past its room"
+        );
         let padded = (bytes as u64 + 7) & !7;
         self.head_word(Head { kind: Kind::Data, count: count as u64, bytes: padded });
         self.position += HEAD + padded;
@@ -178,7 +189,10 @@ impl Producer {
     /// Reserves `bytes` of payload in place; `None` when the ring has no room for them.
     ///
     /// ```text
-    /// if let Some(mut frame) = producer.reserve(4096) { let n = value.put(frame.space()); frame.close(n, 1); }
+    /// if let Some(mut frame) = producer.reserve(4096) {
+    ///     let n = value.put(frame.space());
+    ///     frame.close(n, 1);
+    /// }
     /// ```
     pub fn reserve(&mut self, bytes: usize) -> Option<Reserved<'_>> {
         if !self.fits(bytes) {
@@ -215,7 +229,8 @@ impl Producer {
     /// Makes everything up to `position` visible. Only after the step has committed.
     #[inline(always)]
     pub fn publish(&mut self) {
-        // SYNC ring-tail: pairs with the acquire load in Consumer::look; all bytes before it are written.
+        // SYNC ring-tail: pairs with the acquire load in Consumer::look; all bytes before it are
+        // written.
         self.word(self.parts.tail).store(self.position, Ordering::Release);
     }
 }
@@ -232,7 +247,8 @@ impl Reserved<'_> {
     /// The place to write to.
     #[inline(always)]
     pub fn space(&mut self) -> &mut [u8] {
-        // SAFETY: reserved bytes are free, contiguous through the mirror, and only this borrow can reach them.
+        // SAFETY: reserved bytes are free, contiguous through the mirror, and only this borrow can
+        // reach them.
         unsafe { std::slice::from_raw_parts_mut(self.at.as_ptr(), self.bytes) }
     }
 

@@ -118,6 +118,17 @@ fn something_else_where_the_directory_should_be_is_an_error() {
 }
 
 #[test]
+fn a_directory_that_claims_more_than_its_area_is_an_error() {
+    let mut memory = Memory::new(128 << 10);
+    let (mut txn, _) = attach(&memory);
+    txn.commit();
+    for used in [0, 8, DIRECTORY - 8, DIRECTORY + 4, LEN + 8, u64::from(u32::MAX)] {
+        memory.words()[AT as usize / 8 + 1] = used << 32;
+        assert_eq!(Cells::open(&mut txn, AT, LEN).err(), Some(CellError::Damaged), "{used} used");
+    }
+}
+
+#[test]
 fn a_counter_is_readable_by_whoever_maps_it_and_rolls_back() {
     let mut memory = Memory::new(128 << 10);
     let (mut txn, _) = attach(&memory);

@@ -52,6 +52,7 @@ fn main() {
         test("r2_a_live_segment_cannot_be_claimed", live_segment),
         test("r2_a_claim_that_dies_right_after_the_swap_is_marked", killed_in_claim),
         steps("r2_a_claim_may_die_at_every_instruction", stepped_claim),
+        steps("r2_a_claim_overtaken_at_any_instruction_has_one_winner", overtaken_claim),
         test("r8_no_wake_is_lost_between_processes_on_words", || wakes_on_words(100_000)),
         test("r8_no_wake_is_lost_between_processes_on_eventfds", || wakes_on_events(100_000)),
     ];
@@ -134,6 +135,14 @@ impl Stepped {
         assert!(self.is_running(), "the child ended early: {:#x}", self.status);
         look(instructions);
         instructions
+    }
+
+    /// Lets the child run on by itself.
+    fn detach(self) -> libc::pid_t {
+        // SAFETY: the child is stopped; no memory is passed.
+        let refused = unsafe { libc::ptrace(libc::PTRACE_DETACH, self.pid, 0, 0) };
+        assert_eq!(refused, 0, "ptrace: {}", std::io::Error::last_os_error());
+        self.pid
     }
 
     fn kill(self) {
@@ -741,12 +750,54 @@ fn kill_claim(before: Option<u64>, after: u64) -> bool {
 fn stepped_claim() {
     let (mut before, mut after) = (0, 0);
     while kill_claim(Some(before), 0) {
-        before += 37;
+        before += 101;
     }
     while kill_claim(None, after) {
         after += 1;
     }
     assert!(before > 100 && after > 10, "{before} before the swap, {after} behind it");
+}
+
+/// A claim that is stopped after so many instructions, while another process claims and stays. True
+/// when it had won before.
+fn overtake(instructions: Option<u64>) -> (bool, u64) {
+    let (header, stage) = (header(), Stage::new());
+    let claim = |index: usize| {
+        let won = death::claim(header, || stage.set(0, 2)).is_ok();
+        stage.set(index, if won { 2 } else { 1 });
+        stage.wait_for(3, 1);
+    };
+    let mut first = Stepped::new(|| {
+        stage.set(0, 1);
+        claim(1);
+    });
+    first.step_until(&stage, 1);
+    let mut done = 0;
+    while stage.get(0) < 2 && instructions.is_none_or(|limit| done < limit) {
+        first.step();
+        done += 1;
+    }
+    let was_first = stage.get(0) == 2;
+    let second = fork(|| claim(2));
+    stage.wait_for(2, 1);
+    let first = first.detach();
+    stage.wait_for(1, 1);
+    let won = [stage.get(1) == 2, stage.get(2) == 2];
+    assert!(won[0] != won[1], "after {done} instructions both won, or none: {won:?}");
+    assert_eq!(death::owner(&header.claim.word), if won[0] { first } else { second } as u32);
+    stage.set(3, 1);
+    [first, second].into_iter().for_each(|pid| assert_clean(wait_pid(pid)));
+    (was_first, done)
+}
+
+fn overtaken_claim() {
+    let (_, whole) = overtake(None);
+    let mut overtaken = 0;
+    for instructions in whole.saturating_sub(80)..=whole {
+        let (was_first, _) = overtake(Some(instructions));
+        overtaken += u64::from(!was_first);
+    }
+    assert!(overtaken > 20, "only {overtaken} were overtaken");
 }
 
 // ---- sleeping and waking ----------------------------------------------------------------------

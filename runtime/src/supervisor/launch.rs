@@ -182,8 +182,9 @@ impl Launch {
         running.crew.end(result.is_err());
         let console = console.join(result.is_err());
         drop(outputs);
-        result?;
+        // The console's own error says what happened; the other one only that it did.
         console?;
+        result?;
         Ok(Report::new(&plan, &self.settings, &stage, running.crew.restarts, begun.elapsed()))
     }
 
@@ -254,17 +255,17 @@ impl Scene {
         let layout = &plan.layout;
         let supervisor = plan.supervisor();
         let name = &launch.settings.name;
-        let control = Segment::create(&format!("{name}-control"), layout.segments[supervisor].bytes)?;
+        let control = segment(&format!("{name}-control"), layout.segments[supervisor].bytes)?;
         let mut segments = Vec::new();
         for (worker, segment) in layout.segments[..supervisor].iter().enumerate() {
-            let segment = Segment::create(&format!("{name}-w{worker}"), segment.bytes)?;
+            let segment = self::segment(&format!("{name}-w{worker}"), segment.bytes)?;
             let peer = segment.read_only()?;
             segments.push((segment, peer));
         }
         let mut groups = Vec::new();
         for laid in &layout.groups {
             let uid = plan.operators[laid.operator].uid();
-            let create = |group| Segment::create(&format!("{name}-{uid}-g{group}"), laid.bytes);
+            let create = |group| segment(&format!("{name}-g{group}-{uid}"), laid.bytes);
             groups.push((0..laid.groups).map(create).collect::<Result<Vec<_>, _>>()?);
         }
         let events = if wait::has_wait_any() && plan.workers + 1 < wait::FUTEX_WAITV_MAX {
@@ -331,6 +332,16 @@ impl Scene {
     pub(crate) fn ring_parts(&self, plan: &Plan, ring: &crate::plan::layout::RingPlan) -> testudo_shm::ring::RingParts {
         ring_parts(self.arena, plan, ring)
     }
+}
+
+/// Creates a segment. Its name is for people who look at /proc; the kernel takes no more than 249 bytes of it.
+fn segment(name: &str, bytes: usize) -> Result<Segment, Error> {
+    const LONGEST: usize = 200;
+    let mut end = name.len().min(LONGEST);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    Ok(Segment::create(&name[..end], bytes)?)
 }
 
 /// Maps the control segment writable, the workers' fronts and the rings to the supervisor read-only.

@@ -58,7 +58,8 @@ pub(crate) fn entry_offset(job: JobFn) -> isize {
     (job as usize).wrapping_sub((&raw const ANCHOR).addr()).cast_signed()
 }
 
-/// A fixed place in the executable. No function: the compiler may copy small ones into every crate that leads to them.
+/// A fixed place in the executable. No function: the compiler may copy a small one into every crate
+/// that leads to it, and the copies have other addresses.
 static ANCHOR: u8 = 0;
 
 /// The job's function behind an offset.

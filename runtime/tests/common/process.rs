@@ -89,6 +89,14 @@ pub fn status_kib(pid: u32, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// Signals all processes of the group that a child of ours leads.
+pub fn signal_group(leader: u32, signal: i32) {
+    let group = stat(leader).map(|stat| stat.group);
+    assert_eq!(group, Some(leader as i32), "not the leader of a group of its own");
+    // SAFETY: plain system call on a group whose leader is a child of ours that was not waited for.
+    unsafe { libc::kill(-(leader as i32), signal) };
+}
+
 /// Our own process group and session.
 pub fn own_group_and_session() -> (i32, i32) {
     // SAFETY: plain system calls about ourselves.

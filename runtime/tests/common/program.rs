@@ -74,6 +74,12 @@ impl Cli {
         self
     }
 
+    /// Gives it a process group of its own, as a shell gives to what it runs in a terminal.
+    pub fn own_group(mut self) -> Self {
+        self.command.process_group(0);
+        self
+    }
+
     pub fn stdin(mut self, stdin: Stdio) -> Self {
         self.command.stdin(stdin);
         self
@@ -81,7 +87,17 @@ impl Cli {
 
     /// Runs it under a shell command that ends in `exec "$@"`, such as one that lowers a limit first.
     pub fn under(self, shell: &str) -> Self {
-        let mut command = Command::new("sh");
+        self.behind(Command::new("sh"), shell)
+    }
+
+    /// As `under`, in a mount namespace of its own.
+    pub fn under_unshared(self, shell: &str) -> Self {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "sh"]);
+        self.behind(unshare, shell)
+    }
+
+    fn behind(self, mut command: Command, shell: &str) -> Self {
         command.args(["-c", shell, "sh"]).arg(self.command.get_program());
         command.args(self.command.get_args()).env(ASKED, "1").stdin(Stdio::null());
         for (name, value) in self.command.get_envs() {
@@ -100,6 +116,23 @@ impl Cli {
         let out = collect(child.stdout.take());
         let err = collect(child.stderr.take());
         Started { child, out, err }
+    }
+
+    /// Starts it with its output in a pipe of the test's own.
+    #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
+    pub fn start_bare(mut self) -> Child {
+        self.command.stdout(Stdio::piped());
+        self.command.spawn().expect("the test program can be started")
+    }
+
+    /// Runs it to its end with its output going elsewhere.
+    #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
+    pub fn run_into(mut self, out: Stdio) -> Ended {
+        self.command.stdout(out).stderr(Stdio::piped());
+        let mut child = self.command.spawn().expect("the test program can be started");
+        let err = collect(child.stderr.take());
+        let out = collect(None::<std::io::Empty>);
+        Started { child, out, err }.wait()
     }
 
     /// Runs it to its end.
@@ -136,6 +169,11 @@ impl Started {
     pub fn signal(&self, signal: i32) {
         let held = process::Held::child_of(self.pid(), std::process::id());
         assert!(held.is_some_and(|held| held.signal(signal)), "the job ended before the signal");
+    }
+
+    /// Sends a signal to its process group, as a terminal does.
+    pub fn signal_group(&self, signal: i32) {
+        process::signal_group(self.pid(), signal);
     }
 
     /// Waits until its workers run, and gives their numbers.
