@@ -49,12 +49,11 @@ pub use {clap, serde, serde_json};
 ///
 /// [`main`](fn@crate::main) calls it by itself.
 pub fn init() {
-    if let Some(role) = worker::entry::role() {
-        if role.entry != 0 {
+    if let Some(role) = worker::entry::role()
+        && role.entry != 0 {
             let job = worker::entry::job_at(role.entry);
             worker::entry::run(role, job);
         }
-    }
 }
 
 /// What most jobs need.

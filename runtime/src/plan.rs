@@ -15,6 +15,9 @@ use layout::Layout;
 use std::path::PathBuf;
 use testudo_shm::hash::schema;
 
+/// What a frame needs besides its records, and a ring to have room for a mark behind it.
+pub(crate) const FRAME_BYTES: usize = 128;
+
 /// Worker processes of a job at most: each waiter sleeps on a word for each of them.
 pub const WORKERS_MAX: usize = 120;
 
@@ -204,6 +207,7 @@ impl Plan {
         let key_groups = settings.key_groups;
         let layout =
             Layout::new(workers, &stages, &draft.edges, &operators, draft.user_counters.len(), settings)?;
+        check_rings(&layout, &draft.edges)?;
         let mut plan = Self {
             workers,
             stages,
@@ -293,6 +297,22 @@ fn check(draft: &Draft) -> Result<(), Error> {
         if edge.record_bytes.is_some_and(|bytes| bytes == 0) {
             return Err(Error::Plan(format!("record type {} has no bytes", edge.record)));
         }
+    }
+    Ok(())
+}
+
+/// Plain records have their size now: one that no ring can take would never be sent.
+fn check_rings(layout: &Layout, edges: &[EdgeSpec]) -> Result<(), Error> {
+    for ring in &layout.rings {
+        let edge = &edges[ring.edge];
+        let Some(bytes) = edge.record_bytes.filter(|bytes| bytes + FRAME_BYTES > ring.bytes) else {
+            continue;
+        };
+        let wanted = (bytes + FRAME_BYTES).next_power_of_two();
+        return Err(Error::Plan(format!(
+            "a record of {bytes} bytes ({}) does not fit into a ring of {}; raise --ring-bytes to at least {wanted}",
+            edge.record, ring.bytes
+        )));
     }
     Ok(())
 }

@@ -75,11 +75,10 @@ pub(crate) fn arm(worker: usize, incarnation: u64) {
         let mut number = || parts.next().and_then(|part| part.parse::<u64>().ok());
         let (of, index, times, skip) = (number(), number(), number(), number());
         let point = index.and_then(|index| Point::ALL.get(index as usize));
-        if let (Some(of), Some(point), Some(times)) = (of, point, times) {
-            if of == worker as u64 && incarnation < times {
+        if let (Some(of), Some(point), Some(times)) = (of, point, times)
+            && of == worker as u64 && incarnation < times {
                 ARMED.set(Some((*point, skip.unwrap_or(0))));
             }
-        }
     }
 }
 

@@ -28,6 +28,11 @@ const LINE: usize = 64;
 /// New bytes that are asked for at once; beyond that the processor has seen where it goes.
 const PREFETCH_MAX: u64 = 1024;
 
+/// Looks in vain after which the consumer waits for the producer, rather than running after it. Who
+/// waits wants all lines at once; who runs after would take lines that the producer is still
+/// writing.
+const VAIN_MIN: u32 = 4;
+
 /// The consuming end of one ring.
 #[derive(Debug)]
 pub struct Consumer {
@@ -37,6 +42,12 @@ pub struct Consumer {
     /// Where the frame at the head ends, once it was checked; not above the head before.
     next: u64,
     published: u64,
+    /// The last head word that was sound, and what it said; the first has no frame that is so
+    /// short.
+    last_word: u64,
+    last: Head,
+    /// Looks in a row that found nothing new.
+    vain: u32,
     fault: Option<Fault>,
 }
 
@@ -68,7 +79,18 @@ impl Consumer {
     /// consumer takes this ring.
     #[must_use]
     pub unsafe fn attach(parts: RingParts, head: u64) -> Self {
-        Self { parts, head, tail_seen: head, next: head, published: head, fault: None }
+        let last = Head { kind: Kind::Pad, count: 0, bytes: u64::MAX - HEAD };
+        Self {
+            parts,
+            head,
+            tail_seen: head,
+            next: head,
+            published: head,
+            last_word: 0,
+            last,
+            vain: 0,
+            fault: None,
+        }
     }
 
     fn word(&self, at: NonNull<AtomicU64>) -> &AtomicU64 {
@@ -103,8 +125,11 @@ impl Consumer {
         // SYNC ring-tail: pairs with the release store in Producer::publish; bytes before it are
         // readable.
         let tail = self.word(self.parts.tail).load(Ordering::Acquire);
-        if tail != self.tail_seen {
+        if tail == self.tail_seen {
+            self.vain = self.vain.saturating_add(1);
+        } else {
             self.moved_to(tail);
+            self.vain = 0;
         }
         self.tail_seen != self.head
     }
@@ -120,13 +145,16 @@ impl Consumer {
         match cursor::between(tail, seen, self.head.wrapping_add(capacity), capacity) {
             Ok(tail) => {
                 self.tail_seen = tail;
-                self.prefetch(seen, tail - seen);
+                if self.vain >= VAIN_MIN {
+                    self.prefetch(seen, tail - seen);
+                }
             }
             Err(_) => self.quarantine(Fault::Position { found: tail, own: seen, capacity }),
         }
     }
 
-    /// Asks for what is new, all lines at once: a load at a time would wait for one after the other.
+    /// Asks for what is new, all lines at once: a load at a time would wait for one after the
+    /// other.
     #[inline(always)]
     fn prefetch(&self, from: u64, bytes: u64) {
         let first = (from & (self.parts.capacity - 1)) as usize;
@@ -180,13 +208,22 @@ impl Consumer {
         }
     }
 
+    /// The head word of the next frame, read once and checked. One that equals the last one was
+    /// checked then, but for its length: so frame follows frame without waiting for the words
+    /// between them.
     #[inline(always)]
-    fn checked_head(&self) -> Result<Head, Fault> {
+    fn checked_head(&mut self) -> Result<Head, Fault> {
         let at = self.head & (self.parts.capacity - 1);
         // SAFETY: masked, 8-aligned, inside the mirrored data; published bytes are no longer
         // written by the producer.
         let word = unsafe { self.parts.data.as_ptr().add(at as usize).cast::<u64>().read() };
-        Head::check(word, self.head, self.tail_seen - self.head)
+        let published = self.tail_seen - self.head;
+        if word == self.last_word && self.last.bytes + HEAD <= published {
+            return Ok(self.last);
+        }
+        let head = Head::check(word, self.head, published)?;
+        (self.last_word, self.last) = (word, head);
+        Ok(head)
     }
 
     /// Takes the frame at the head: it must be released by `publish` before the producer reuses it.

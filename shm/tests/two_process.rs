@@ -28,14 +28,9 @@ fn main() {
     let mut arguments = Arguments::from_args();
     arguments.test_threads = Some(1);
     let stepping = can_step();
-    let test = |name: &str, run: fn()| {
-        Trial::test(name, move || {
-            common::limit_seconds(240);
-            run();
-            Ok(())
-        })
-    };
-    let steps = |name: &str, run: fn()| test(name, run).with_ignored_flag(!stepping);
+    let test = |name: &str, run: fn()| trial(name, run);
+    let steps =
+        |name: &str, run: fn()| trial(name, move || on_one_core(run)).with_ignored_flag(!stepping);
     let tests = vec![
         test("r6_a_killed_producer_leaves_the_published_prefix", killed_producer),
         steps("r6_a_producer_may_die_at_every_instruction", stepped_producer),
@@ -57,6 +52,30 @@ fn main() {
         test("r8_no_wake_is_lost_between_processes_on_eventfds", || wakes_on_events(100_000)),
     ];
     libtest_mimic::run(&arguments, tests).exit();
+}
+
+fn trial(name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        common::limit_seconds(240);
+        run();
+        Ok(())
+    })
+}
+
+/// Keeps this process and its children on one core: handing over to a child that is stepped through
+/// takes a tenth of the time there.
+fn on_one_core(run: fn()) {
+    // SAFETY: both sets are valid places, and all zeros is an empty set.
+    unsafe {
+        let mut all: libc::cpu_set_t = std::mem::zeroed();
+        let size = size_of::<libc::cpu_set_t>();
+        assert_eq!(libc::sched_getaffinity(0, size, &raw mut all), 0);
+        let mut one: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(usize::try_from(libc::sched_getcpu()).unwrap_or(0), &mut one);
+        libc::sched_setaffinity(0, size, &raw const one);
+        run();
+        libc::sched_setaffinity(0, size, &raw const all);
+    }
 }
 
 /// Words that parent and child share, to say how far they are.
@@ -81,7 +100,7 @@ impl Stage {
 
     fn wait_for(&self, index: usize, value: u64) {
         while self.get(index) < value {
-            spin_hint();
+            std::thread::yield_now();
         }
     }
 }

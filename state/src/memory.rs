@@ -93,7 +93,8 @@ impl Gauge {
             if wanted > usable {
                 return Err(found);
             }
-            self.budget.set((usable / 4).min(BUDGET_MAX).max(wanted));
+            // A sixteenth: other workers of the job look at the same figures.
+            self.budget.set((usable / 16).min(BUDGET_MAX).max(wanted));
         }
         self.budget.set(self.budget.get() - wanted);
         Ok(())

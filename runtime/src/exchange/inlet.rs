@@ -173,11 +173,10 @@ impl<T: Record, N: Push<T>> Stage for Inlet<T, N> {
         let count = self.channels.len();
         for turn in 0..count {
             let channel = (self.first + turn) % count;
-            if let Some(ring) = self.channels[channel].ring {
-                if cx.in_rings[ring].ring.as_ref().is_some_and(|ring| ring.backlog() > 0) {
+            if let Some(ring) = self.channels[channel].ring
+                && cx.in_rings[ring].ring.as_ref().is_some_and(|ring| ring.backlog() > 0) {
                     work += self.take_ring(cx, ring, channel);
                 }
-            }
         }
         self.first = if self.first + 1 >= count { 0 } else { self.first + 1 };
         work + self.try_end(cx)

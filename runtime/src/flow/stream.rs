@@ -261,7 +261,6 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
     }
 
     /// The stage is complete: says how to build it.
-    #[expect(clippy::type_complexity, reason = "the one place that hands a chain to its end")]
     pub(crate) fn finish(
         self,
         end: Box<dyn FnOnce(&mut Attach, C) -> Result<crate::worker::StageRef, Error>>,

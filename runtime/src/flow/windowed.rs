@@ -177,7 +177,6 @@ pub struct WindowLateLink<K, A, U, F, X> {
 }
 
 impl<K, A, U, F, X> WindowLink<K, A, U, F, X> {
-    #[expect(clippy::type_complexity, reason = "the operator's own type")]
     fn open<T, N, M>(
         self,
         at: &mut Attach,

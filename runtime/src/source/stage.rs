@@ -112,8 +112,8 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
             let left = limit.saturating_sub(cx.txn.get(self.records));
             max = max.min(usize::try_from(left).unwrap_or(usize::MAX));
         }
-        if max > 0 {
-            if let Some(pace) = &mut self.pace {
+        if max > 0
+            && let Some(pace) = &mut self.pace {
                 match pace.due(cx.now_ns, max) {
                     Ok(due) => max = due,
                     Err(later) => {
@@ -122,7 +122,6 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
                     }
                 }
             }
-        }
         max
     }
 

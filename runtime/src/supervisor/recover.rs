@@ -199,8 +199,8 @@ impl<'a> Crew<'a> {
 
     fn last_words(&self, worker: usize) -> String {
         let page = last_words(self.scene.arena, self.plan.layout.segments[worker].at);
-        let text = page.read();
-        text
+        
+        page.read()
     }
 
     /// Writes down how long a recovery took, once the successor has processed something or found nothing to do.

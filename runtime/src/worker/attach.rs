@@ -191,11 +191,10 @@ impl Attach {
         let mut stages = Vec::new();
         for stage in order {
             let factory = factories.remove(&stage).flatten();
-            if self.plan.subtask(stage, self.worker).is_some() {
-                if let Some(factory) = factory {
+            if self.plan.subtask(stage, self.worker).is_some()
+                && let Some(factory) = factory {
                     stages.push(factory(self)?);
                 }
-            }
         }
         Ok(stages)
     }
@@ -424,7 +423,6 @@ impl Attach {
         self.intakes.insert(edge, (channel, Box::new(intake)));
     }
 
-    #[expect(clippy::type_complexity, reason = "a channel number and a shared intake")]
     fn intake<T: Record>(&self, edge: usize) -> Result<(usize, Rc<RefCell<dyn Intake<T>>>), Error> {
         let found = self.intakes.get(&edge).and_then(|(channel, intake)| {
             let intake = intake.downcast_ref::<Rc<RefCell<dyn Intake<T>>>>()?;

@@ -229,6 +229,9 @@ pub fn fork(run: impl FnOnce()) -> libc::pid_t {
     if pid > 0 {
         return pid;
     }
+    // A failed test leaves no process behind.
+    // SAFETY: plain system call.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
     // SAFETY: leaves without the parent's exit handlers.
     unsafe { libc::_exit(if done.is_ok() { 0 } else { 101 }) }
