@@ -102,7 +102,8 @@ fn build(flow: &Flow, options: &Options) {
     let metronome = Metronome { beats: options.beats, every_ns: options.every_ms * 1_000_000 };
     flow.source("metronome", metronome).print(|beat| {
         let late = beat.delay_ns / 1000;
-        format!("metronome {}, beat {}, read {late} µs after its time", beat.metronome, beat.number)
+        let (metronome, beat) = (beat.metronome, beat.number);
+        format!("metronome {metronome}, beat {beat}, read {late} µs after its time")
     });
 }
 

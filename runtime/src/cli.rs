@@ -30,8 +30,9 @@ const ABOUT: &str =
 
 /// Runs a job with the standard command line: the whole main of a job's program.
 ///
-/// `build` describes the flow from the job's own options (a type that derives `clap::Args`). It runs in the launching
-/// process and again in every worker, and must describe the same flow each time.
+/// `build` describes the flow from the job's own options (a type that derives `clap::Args`). It
+/// runs in the launching process and again in every worker, and must describe the same flow each
+/// time.
 pub fn main<O: Args>(build: impl Fn(&Flow, &O)) -> ExitCode {
     main_with(build, |_, _| Ok(()))
 }

@@ -1,7 +1,8 @@
-//! Settings: the same names on the command line and in a TOML file. Defaults < file < flags; unknown keys are refused.
+//! Settings: the same names on the command line and in a TOML file. Defaults < file < flags;
+//! unknown keys are refused.
 //!
-//! Called by `cli` and by whoever embeds a job; the plan and all processes work from [`Settings`], never from the
-//! environment.
+//! Called by `cli` and by whoever embeds a job; the plan and all processes work from [`Settings`],
+//! never from the environment.
 
 use crate::error::Error;
 use clap::ValueEnum;
@@ -55,11 +56,14 @@ impl std::str::FromStr for Bytes {
             "GiB" | "G" => 30,
             unit => return Err(format!("unknown unit {unit:?}; write bytes, KiB, MiB or GiB")),
         };
-        let number: usize =
-            digits.parse().map_err(|_| format!("{text:?} is not a number of bytes, such as 4MiB"))?;
-        number.checked_shl(shift).filter(|bytes| bytes >> shift == number).map(Self).ok_or_else(|| {
-            format!("{text} is more than this machine can address")
-        })
+        let number: usize = digits
+            .parse()
+            .map_err(|_| format!("{text:?} is not a number of bytes, such as 4MiB"))?;
+        number
+            .checked_shl(shift)
+            .filter(|bytes| bytes >> shift == number)
+            .map(Self)
+            .ok_or_else(|| format!("{text} is more than this machine can address"))
     }
 }
 
@@ -122,7 +126,8 @@ pub struct SettingsArgs {
     /// Whether producers wait for a dead consumer or drop records for it [default: full]
     #[arg(long, value_enum)]
     completeness: Option<Completeness>,
-    /// Deaths of a worker in a row, without a commit in between, after which the job fails [default: 8]
+    /// Deaths of a worker in a row, without a commit in between, after which the job fails
+    /// [default: 8]
     #[arg(long, value_name = "N")]
     restart_budget: Option<u32>,
     /// Take archived records from other workers without validating them
@@ -232,7 +237,8 @@ impl SettingsArgs {
             Some(path) => read_file(path)?,
             None => Self::default(),
         };
-        let settings = self.or(file).over(Settings { name: program.into(), ..Settings::default() })?;
+        let settings =
+            self.or(file).over(Settings { name: program.into(), ..Settings::default() })?;
         settings.check()?;
         Ok(settings)
     }
@@ -316,21 +322,27 @@ impl Settings {
             return usage(format!("--key-groups {}: 1 to 32768", self.key_groups));
         }
         if self.rate == Some(0) {
-            return usage("--rate 0: a job that reads nothing never ends; leave it out for full speed".into());
+            return usage(
+                "--rate 0: a job that reads nothing never ends; leave it out for full speed".into(),
+            );
         }
         let usable = usable_cores();
         if let Some(core) = self.cores.iter().find(|core| !usable.contains(core)) {
-            return usage(format!("--cores: core {core} is not among those this process may use {usable:?}"));
+            return usage(format!(
+                "--cores: core {core} is not among those this process may use {usable:?}"
+            ));
         }
         Ok(())
     }
 }
 
 fn read_file(path: &Path) -> Result<SettingsArgs, Error> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| Error::Usage(format!("cannot read --config {}: {error}", path.display())))?;
-    toml::from_str(&text)
-        .map_err(|error| Error::Usage(format!("--config {}: {}", path.display(), error.to_string().trim_end())))
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        Error::Usage(format!("cannot read --config {}: {error}", path.display()))
+    })?;
+    toml::from_str(&text).map_err(|error| {
+        Error::Usage(format!("--config {}: {}", path.display(), error.to_string().trim_end()))
+    })
 }
 
 /// Parses 0,2-5.

@@ -5,7 +5,7 @@
 //! | 0 | the job ended: all input processed and flushed, or drained after SIGINT or SIGTERM |
 //! | 1 | the job failed while running: a source, a sink or an operator gave up |
 //! | 2 | bad command line or configuration |
-//! | 3 | the plan cannot be run: a dataflow that goes nowhere, more workers than allowed, an output in use |
+//! | 3 | the plan cannot be run: a stream goes nowhere, too many workers, an output in use |
 //! | 4 | the machine refused something: descriptors, memory, processes |
 //! | 5 | a worker kept dying without committing anything: the restart budget is used up |
 //! | 130 | stopped at once by a second SIGINT or SIGTERM |

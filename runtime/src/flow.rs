@@ -1,9 +1,10 @@
 //! The flow: what a job does, said in code. Building it makes the plan; nothing runs yet.
 //!
-//! The same function builds the same flow in the launching process and in every worker (its hash is compared on attach),
-//! so no code is shipped. Operators between two exchanges fuse into one stage.
+//! The same function builds the same flow in the launching process and in every worker (its hash is
+//! compared on attach), so no code is shipped. Operators between two exchanges fuse into one stage.
 //!
-//! `stream` has the operators on single records, `keyed` those on keyed state, `windowed` the windows.
+//! `stream` has the operators on single records, `keyed` those on keyed state, `windowed` the
+//! windows.
 
 pub(crate) mod chain;
 
@@ -164,7 +165,8 @@ impl Flow {
         self.draft.borrow_mut().errors.push(message);
     }
 
-    /// The stage that writes all sources' rejects, and an edge to it; `None` when no file was asked for.
+    /// The stage that writes all sources' rejects, and an edge to it; `None` when no file was asked
+    /// for.
     fn rejects_edge(&self, stage: usize, name: &str) -> Option<usize> {
         let path = self.settings.rejects.clone()?;
         let edge = self.add_edge::<String>(Some(stage), None, EdgeKind::Gather);

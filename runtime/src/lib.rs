@@ -1,10 +1,12 @@
 //! Testudo: a stream-processing engine for one machine.
 //!
-//! Worker processes, each pinned to a core, exchange records in place through lock-free rings in shared memory. A worker
-//! that crashes is replaced within milliseconds: what it had committed is kept, nothing is processed twice, its peers do
-//! not stop. See the repository's README for a first job and ARCHITECTURE.md for how it works.
+//! Worker processes, each pinned to a core, exchange records in place through lock-free rings in
+//! shared memory. A worker that crashes is replaced within milliseconds: what it had committed is
+//! kept, nothing is processed twice, its peers do not stop. See the repository's README for a first
+//! job and ARCHITECTURE.md for how it works.
 //!
-//! The modules stand in the order in which a user meets them, then in the order in which a record does.
+//! The modules stand in the order in which a user meets them, then in the order in which a record
+//! does.
 
 #![deny(unsafe_code)]
 
@@ -45,15 +47,17 @@ pub use testudo_shm::record;
 pub use testudo_state as state;
 pub use {clap, serde, serde_json};
 
-/// First line of main in any program that runs jobs: in a worker process it runs the worker and does not return.
+/// First line of main in any program that runs jobs: in a worker process it runs the worker and
+/// does not return.
 ///
 /// [`main`](fn@crate::main) calls it by itself.
 pub fn init() {
     if let Some(role) = worker::entry::role()
-        && role.entry != 0 {
-            let job = worker::entry::job_at(role.entry);
-            worker::entry::run(role, job);
-        }
+        && role.entry != 0
+    {
+        let job = worker::entry::job_at(role.entry);
+        worker::entry::run(role, job);
+    }
 }
 
 /// What most jobs need.

@@ -1,7 +1,8 @@
-//! What is counted and noted besides the records themselves: user counters, gaps between commits, last words.
+//! What is counted and noted besides the records themselves: user counters, gaps between commits,
+//! last words.
 //!
-//! User counters are added to in thread-local memory by the user's closures and written into cells before each commit,
-//! so they count exactly what was committed.
+//! User counters are added to in thread-local memory by the user's closures and written into cells
+//! before each commit, so they count exactly what was committed.
 //!
 //! Called by user code ([`Counter`]) and by the step loop.
 
@@ -15,7 +16,8 @@ thread_local! {
     static PENDING: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A counter of the job's own, made by [`Flow::counter`](crate::flow::Flow::counter). Copy it into closures.
+/// A counter of the job's own, made by [`Flow::counter`](crate::flow::Flow::counter). Copy it into
+/// closures.
 #[derive(Debug, Clone, Copy)]
 pub struct Counter {
     index: usize,

@@ -1,12 +1,15 @@
-//! What an operator is: something that takes records from the one before it and pushes into the one behind it.
+//! What an operator is: something that takes records from the one before it and pushes into the one
+//! behind it.
 //!
-//! All operators between two exchanges are one type, built inside out, so that a whole stage compiles to one loop over
-//! a batch: no dynamic call per record. A stage's first part (an inlet or a source) is a [`Stage`], called once a step.
+//! All operators between two exchanges are one type, built inside out, so that a whole stage
+//! compiles to one loop over a batch: no dynamic call per record. A stage's first part (an inlet or
+//! a source) is a [`Stage`], called once a step.
 //!
 //! Contract of [`Push`], in the order of a step:
 //! 1. `pump` goes on with what an earlier step left (a firing window, a spill);
 //! 2. `room` says how many records may be pushed now; 0 while something is pending;
-//! 3. `push`, `push_batch`, `push_value`: the records; what goes beyond the room is spilled, never waited for (R7);
+//! 3. `push`, `push_batch`, `push_value`: the records; what goes beyond the room is spilled, never
+//!    waited for (R7);
 //! 4. `end_batch` closes what was opened: nothing sits in private buffers across a commit (R6);
 //! 5. `watermark`, any time between batches; it never goes back;
 //! 6. `save` right before commit: the last writes to cells and files (R13);
@@ -102,7 +105,8 @@ pub(crate) use hand_on;
 
 /// The head of a fused stage, as the worker's loop sees it: one dynamic call a step.
 pub trait Stage {
-    /// Goes on with pending work and takes some input. Returns what was done, in records (at least 1 if anything).
+    /// Goes on with pending work and takes some input. Returns what was done, in records (at least
+    /// 1 if anything).
     fn run(&mut self, cx: &mut Cx) -> usize;
 
     /// Last writes before the commit.
@@ -132,7 +136,8 @@ pub trait Intake<T: Record> {
     fn take_end(&mut self, cx: &mut Cx, channel: usize);
 }
 
-/// Methods of [`Push`] for an operator with `self.next` and `self.side`: both take part in everything.
+/// Methods of [`Push`] for an operator with `self.next` and `self.side`: both take part in
+/// everything.
 macro_rules! both_sides {
     () => {
         #[inline(always)]

@@ -1,5 +1,6 @@
-//! The plan: a flow turned into stages, subtasks, rings and bytes. Pure computation from the flow and the settings, so
-//! every process of a job computes the same one; its hash is compared on attach.
+//! The plan: a flow turned into stages, subtasks, rings and bytes. Pure computation from the flow
+//! and the settings, so every process of a job computes the same one; its hash is compared on
+//! attach.
 //!
 //! `layout` says where every byte lies, `explain` prints all of it.
 
@@ -134,7 +135,8 @@ pub(crate) enum CounterKind {
 }
 
 impl CounterKind {
-    pub(crate) const ALL: [Self; 5] = [Self::In, Self::Out, Self::Late, Self::Rejected, Self::Dropped];
+    pub(crate) const ALL: [Self; 5] =
+        [Self::In, Self::Out, Self::Late, Self::Rejected, Self::Dropped];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
@@ -195,18 +197,29 @@ impl Plan {
                 workers += subtasks;
             }
             let workers = (first..first + subtasks).collect();
-            stages.push(Stage { name: stage_label(draft, index), workers, isolated: spec.isolated });
+            stages.push(Stage {
+                name: stage_label(draft, index),
+                workers,
+                isolated: spec.isolated,
+            });
         }
         if workers > WORKERS_MAX {
             return Err(Error::Plan(format!(
-                "{workers} worker processes are more than the {WORKERS_MAX} that a job may have; lower --workers"
+                "{workers} worker processes are more than the {WORKERS_MAX} that a job may have; \
+                 lower --workers"
             )));
         }
         let mut operators = draft.operators.clone();
         give_uids(&mut operators)?;
         let key_groups = settings.key_groups;
-        let layout =
-            Layout::new(workers, &stages, &draft.edges, &operators, draft.user_counters.len(), settings)?;
+        let layout = Layout::new(
+            workers,
+            &stages,
+            &draft.edges,
+            &operators,
+            draft.user_counters.len(),
+            settings,
+        )?;
         check_rings(&layout, &draft.edges)?;
         let mut plan = Self {
             workers,
@@ -224,7 +237,8 @@ impl Plan {
     }
 
     fn compute_hash(&self) -> u64 {
-        let mut parts = vec![self.workers as u64, self.key_groups as u64, self.layout.arena_bytes as u64];
+        let mut parts =
+            vec![self.workers as u64, self.key_groups as u64, self.layout.arena_bytes as u64];
         for stage in &self.stages {
             parts.push(schema(&stage.name, &[stage.workers.len() as u64]));
         }
@@ -310,7 +324,8 @@ fn check_rings(layout: &Layout, edges: &[EdgeSpec]) -> Result<(), Error> {
         };
         let wanted = (bytes + FRAME_BYTES).next_power_of_two();
         return Err(Error::Plan(format!(
-            "a record of {bytes} bytes ({}) does not fit into a ring of {}; raise --ring-bytes to at least {wanted}",
+            "a record of {bytes} bytes ({}) does not fit into a ring of {}; \
+             raise --ring-bytes to at least {wanted}",
             edge.record, ring.bytes
         )));
     }

@@ -1,11 +1,12 @@
-//! Sinks: where results leave. A sink is written by one [`Writer`] for each subtask; what it has written is its
-//! position, which lives in a cell and moves in the step's transaction.
+//! Sinks: where results leave. A sink is written by one [`Writer`] for each subtask; what it has
+//! written is its position, which lives in a cell and moves in the step's transaction.
 //!
-//! Contract (R13): `flush` completes the step's output before it moves the position; a writer opened at a position
-//! takes back whatever a dead predecessor wrote beyond it. So a step's output is there exactly once.
+//! Contract (R13): `flush` completes the step's output before it moves the position; a writer
+//! opened at a position takes back whatever a dead predecessor wrote beyond it. So a step's output
+//! is there exactly once.
 //!
-//! `file` comes with the engine, as does printing (by ring to the launching process); `ForEach` hands records to a
-//! closure.
+//! `file` comes with the engine, as does printing (by ring to the launching process); `ForEach`
+//! hands records to a closure.
 
 pub mod append;
 
@@ -54,7 +55,8 @@ pub trait Writer<T: Record, P: Plain>: 'static {
     /// What is wrong, and what to do about it; the job fails with this text.
     fn write(&mut self, record: &T::View) -> Result<(), String>;
 
-    /// Completes the step's output and moves `position` behind it. Called right before the step commits.
+    /// Completes the step's output and moves `position` behind it. Called right before the step
+    /// commits.
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.
@@ -112,7 +114,8 @@ impl<T: Record, P: Plain, W: Writer<T, P>> Push<T> for SinkEnd<T, P, W> {
     }
 }
 
-/// The end of a stage whose records go to a closure: a black box, a counter in memory, a client that repeats harmlessly.
+/// The end of a stage whose records go to a closure: a black box, a counter in memory, a client
+/// that repeats harmlessly.
 pub struct ForEach<T, F> {
     pub(crate) f: F,
     pub(crate) records: CounterPlace,

@@ -1,9 +1,9 @@
-//! Sources: where records enter. A source is read by one [`Reader`] for each subtask, and everything that it needs to
-//! go on after a crash is its position, which lives in a cell.
+//! Sources: where records enter. A source is read by one [`Reader`] for each subtask, and
+//! everything that it needs to go on after a crash is its position, which lives in a cell.
 //!
-//! Contract: a reader opened at a position emits the same records from there on as the one that died would have
-//! (R13). The engine stores the position in the step's transaction together with what the records led to, so nothing is
-//! lost or doubled. Reads land in private memory (R4).
+//! Contract: a reader opened at a position emits the same records from there on as the one that
+//! died would have (R13). The engine stores the position in the step's transaction together with
+//! what the records led to, so nothing is lost or doubled. Reads land in private memory (R4).
 //!
 //! `stage` is the engine's side; `generator`, `file` and `stdin` are the sources that come with it.
 
@@ -41,7 +41,8 @@ pub struct Wishes {
 pub enum Progress {
     /// There is more now.
     More,
-    /// Nothing now; look again when so many nanoseconds have passed (monotonic clock), or when the source wakes us.
+    /// Nothing now; look again when so many nanoseconds have passed (monotonic clock), or when the
+    /// source wakes us.
     Idle {
         /// Nanoseconds of the monotonic clock ([`now_ns`](crate::time::now_ns)).
         until_ns: u64,
@@ -106,14 +107,16 @@ pub trait Source: 'static {
     /// The first position of a subtask.
     fn start(&self, subtask: Subtask) -> Self::Position;
 
-    /// Opens a subtask's part at a position: the first one, or where a predecessor stood at its last commit.
+    /// Opens a subtask's part at a position: the first one, or where a predecessor stood at its
+    /// last commit.
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.
     fn open(&self, subtask: Subtask, from: &Self::Position) -> Result<Self::Reader, String>;
 
-    /// Looks once at what there is to read, in the launching process before the job starts: a missing file is found
-    /// here. The result is handed to [`Source::configure`] in every process, so that all see the same.
+    /// Looks once at what there is to read, in the launching process before the job starts: a
+    /// missing file is found here. The result is handed to [`Source::configure`] in every process,
+    /// so that all see the same.
     ///
     /// # Errors
     /// What is wrong, and what to do about it.
@@ -122,9 +125,9 @@ pub trait Source: 'static {
         Ok(String::new())
     }
 
-    /// Takes the survey and the job's wishes, in every process, before anything is opened. True when the source stops by
-    /// itself at exactly [`Wishes::limit`] records of the whole job; otherwise the engine divides the limit among the
-    /// subtasks.
+    /// Takes the survey and the job's wishes, in every process, before anything is opened. True
+    /// when the source stops by itself at exactly [`Wishes::limit`] records of the whole job;
+    /// otherwise the engine divides the limit among the subtasks.
     ///
     /// # Errors
     /// What is wrong, and what to do about it.
@@ -141,7 +144,8 @@ pub trait Source: 'static {
 
 /// Reads one subtask's part of a source.
 pub trait Reader<T: Record, P: Plain>: 'static {
-    /// Emits up to `max` records and moves `position` behind them. Must not block for long: see [`Progress::Idle`].
+    /// Emits up to `max` records and moves `position` behind them. Must not block for long: see
+    /// [`Progress::Idle`].
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.
@@ -161,6 +165,7 @@ pub trait Collect<T: Record> {
     /// Emits several records: what a reader that makes them in blocks should do.
     fn emit_all(&mut self, values: &[T]);
 
-    /// Counts an input that was refused (a bad line); its description becomes a line of the rejects file.
+    /// Counts an input that was refused (a bad line); its description becomes a line of the rejects
+    /// file.
     fn reject(&mut self, description: String);
 }

@@ -1,8 +1,9 @@
-//! Kill points: named places in a step, in attaching and in rollback at which a test lets a worker die by SIGKILL.
+//! Kill points: named places in a step, in attaching and in rollback at which a test lets a worker
+//! die by SIGKILL.
 //!
-//! Armed through the environment of the job (`TESTUDO_KILL_AT=worker:point:times:skip`); otherwise each costs one load
-//! of a constant flag and a branch. Deaths are counted in the worker's incarnation, so a successor does not die at the
-//! same point for ever.
+//! Armed through the environment of the job (`TESTUDO_KILL_AT=worker:point:times:skip`); otherwise
+//! each costs one load of a constant flag and a branch. Deaths are counted in the worker's
+//! incarnation, so a successor does not die at the same point for ever.
 //!
 //! Called by `attach` and `step`.
 
@@ -76,9 +77,11 @@ pub(crate) fn arm(worker: usize, incarnation: u64) {
         let (of, index, times, skip) = (number(), number(), number(), number());
         let point = index.and_then(|index| Point::ALL.get(index as usize));
         if let (Some(of), Some(point), Some(times)) = (of, point, times)
-            && of == worker as u64 && incarnation < times {
-                ARMED.set(Some((*point, skip.unwrap_or(0))));
-            }
+            && of == worker as u64
+            && incarnation < times
+        {
+            ARMED.set(Some((*point, skip.unwrap_or(0))));
+        }
     }
 }
 

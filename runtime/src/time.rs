@@ -44,7 +44,12 @@ pub fn parse_utc(text: &str) -> Option<i64> {
     };
     let (year, month, date) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
     let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
-    if !(1..=12).contains(&month) || !(1..=31).contains(&date) || hour > 23 || minute > 59 || second > 60 {
+    if !(1..=12).contains(&month)
+        || !(1..=31).contains(&date)
+        || hour > 23
+        || minute > 59
+        || second > 60
+    {
         return None;
     }
     let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
@@ -61,7 +66,9 @@ mod tests {
 
     #[test]
     fn a_time_survives_being_written_and_read() {
-        for millis in [0, 1_357_034_400_000, -62_135_596_800_000, 951_782_400_000, 4_102_444_799_000] {
+        for millis in
+            [0, 1_357_034_400_000, -62_135_596_800_000, 951_782_400_000, 4_102_444_799_000]
+        {
             assert_eq!(parse_utc(&utc(millis)), Some(millis), "{}", utc(millis));
         }
         assert_eq!(utc(1_357_034_400_000), "2013-01-01T10:00:00Z");

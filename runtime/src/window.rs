@@ -1,8 +1,9 @@
 //! Windows of event time: how time is cut, and the two operators that aggregate over it.
 //!
-//! State is kept by *slice*: the greatest common divisor of size and slide. A tumbling window is one slice, a sliding
-//! one merges several. A window [start, end) fires once the watermark is at or past its end; ends are multiples of the
-//! slide, so windows at both ends of the stream may be partly filled.
+//! State is kept by *slice*: the greatest common divisor of size and slide. A tumbling window is
+//! one slice, a sliding one merges several. A window [start, end) fires once the watermark is at or
+//! past its end; ends are multiples of the slide, so windows at both ends of the stream may be
+//! partly filled.
 //!
 //! `keyed` has windows by key, `all` those over everything (aggregated per subtask, then merged).
 
@@ -53,7 +54,10 @@ pub fn tumbling(size: Duration) -> Window {
 pub fn sliding(size: Duration, slide: Duration) -> Window {
     let millis = |d: Duration| i64::try_from(d.as_millis()).unwrap_or(i64::MAX / 4);
     let (size, slide) = (millis(size), millis(slide));
-    assert!(slide >= 1 && size >= slide, "a window needs 1 ms <= slide <= size, not {slide}, {size}");
+    assert!(
+        slide >= 1 && size >= slide,
+        "a window needs 1 ms <= slide <= size, not {slide}, {size}"
+    );
     Window { size, slide, slice: greatest_common_divisor(size, slide) }
 }
 
@@ -91,8 +95,9 @@ impl Window {
         Bounds { start: end - self.size, end }
     }
 
-    /// End of the next window to fire: behind the one that ended at `fired`, not among those that the watermark had
-    /// `passed` before (a straggler may belong to some that were empty then), containing `oldest` or a later slice.
+    /// End of the next window to fire: behind the one that ended at `fired`, not among those that
+    /// the watermark had `passed` before (a straggler may belong to some that were empty then),
+    /// containing `oldest` or a later slice.
     pub(crate) fn next_end(self, fired: i64, passed: i64, oldest: i64) -> i64 {
         let open = self.first_end(oldest).max(self.first_end(passed));
         open.max(fired.saturating_add(self.slide))

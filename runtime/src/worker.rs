@@ -1,8 +1,8 @@
-//! A worker: one process, one pinned thread, one loop. It attaches to the job's segments (the first time and after
-//! every crash alike), then takes steps until all its stages are done.
+//! A worker: one process, one pinned thread, one loop. It attaches to the job's segments (the first
+//! time and after every crash alike), then takes steps until all its stages are done.
 //!
-//! `entry` is where the process begins, `attach` maps and recovers, `context` is what a step works on, `step` is the
-//! loop, `idle` is how it waits.
+//! `entry` is where the process begins, `attach` maps and recovers, `context` is what a step works
+//! on, `step` is the loop, `idle` is how it waits.
 
 pub(crate) mod entry;
 
@@ -23,10 +23,11 @@ use testudo_shm::record::{Batch, Record};
 /// A stage as the loop holds it.
 pub type StageRef = Rc<RefCell<dyn Stage>>;
 
-/// A batch from another worker of this job, taken without validating its archived records: the job asked for it.
+/// A batch from another worker of this job, taken without validating its archived records: the job
+/// asked for it.
 #[expect(unsafe_code, reason = "the one switch that trusts other workers' memory")]
 pub(crate) fn trusted_batch<T: Record>(bytes: &[u8], count: usize) -> Result<Batch<'_, T>, Fault> {
-    // SAFETY: the job's owner promised with --trust-records that its workers write whole records; segments are
-    // single-writer, and every one of them is encoded by this program.
+    // SAFETY: the job's owner promised with --trust-records that its workers write whole records;
+    // segments are single-writer, and every one of them is encoded by this program.
     unsafe { Batch::unvalidated(bytes, count, 0) }
 }

@@ -1,5 +1,5 @@
-//! The command line: every refusal as it is printed, with its exit code; settings from flags, file and defaults; what
-//! `--explain`, `--report` and the standard streams show.
+//! The command line: every refusal as it is printed, with its exit code; settings from flags, file
+//! and defaults; what `--explain`, `--report` and the standard streams show.
 
 mod common;
 
@@ -88,7 +88,10 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
     let parsed = |args: &[&str], message: &str| {
         refused(args, 2, &format!("error: {message}\n\nFor more information, try '--help'.\n"));
     };
-    parsed(&["--workers", "x"], "invalid value 'x' for '--workers <N>': invalid digit found in string");
+    parsed(
+        &["--workers", "x"],
+        "invalid value 'x' for '--workers <N>': invalid digit found in string",
+    );
     ours(&["--workers", "0"], "--workers 0: a job has 1 to 120 workers");
     ours(&["--workers", "121"], "--workers 121: a job has 1 to 120 workers");
     ours(
@@ -125,7 +128,10 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
     );
     ours(&["--key-groups", "0"], "--key-groups 0: 1 to 32768");
     ours(&["--key-groups", "32769"], "--key-groups 32769: 1 to 32768");
-    ours(&["--rate", "0"], "--rate 0: a job that reads nothing never ends; leave it out for full speed");
+    ours(
+        &["--rate", "0"],
+        "--rate 0: a job that reads nothing never ends; leave it out for full speed",
+    );
     ours(&["--name", "a/b"], "--name \"a/b\": a name has no slashes or line ends");
     ours(&["--name", ""], "--name \"\": a name has no slashes or line ends");
     parsed(
@@ -184,8 +190,16 @@ fn outputs_that_cannot_be_written_are_refused() {
     let here = text(folder.path());
     let cases = [
         ("folder", file.clone(), format!("cannot write output {file}: File exists (os error 17)")),
-        ("ordered", missing.clone(), format!("cannot write output {missing}: No such file or directory (os error 2)")),
-        ("ordered", here.clone(), format!("cannot write output {here}: Is a directory (os error 21)")),
+        (
+            "ordered",
+            missing.clone(),
+            format!("cannot write output {missing}: No such file or directory (os error 2)"),
+        ),
+        (
+            "ordered",
+            here.clone(),
+            format!("cannot write output {here}: Is a directory (os error 21)"),
+        ),
     ];
     for (job, output, message) in cases {
         let parameters = if job == "ordered" { format!("10 {output}") } else { output };
@@ -197,7 +211,8 @@ fn outputs_that_cannot_be_written_are_refused() {
 
 /// What a job says of its settings when it explains itself.
 fn explained(args: &[&str]) -> String {
-    let ended = Cli::new("ordered", "10 /dev/null").args(args.iter().copied()).args(["--explain"]).run();
+    let ended =
+        Cli::new("ordered", "10 /dev/null").args(args.iter().copied()).args(["--explain"]).run();
     assert_eq!(ended.code, Some(0), "{}", ended.err);
     ended.out
 }
@@ -254,10 +269,16 @@ fn everything(flow: &Flow, output: &str) {
         .try_map(|line: &Text| line.parse::<u64>().map_err(|error| error.to_string()));
     others.print(|line: &Text| line.to_string());
     let numbers = flow.source("numbers", Generator::new(10, |n| n)).uid("the-numbers");
-    let (left, right) = lines.union(numbers).event_time(Duration::ZERO, |n| *n as i64).broadcast().fork();
+    let (left, right) =
+        lines.union(numbers).event_time(Duration::ZERO, |n| *n as i64).broadcast().fork();
     left.key_by(|n| *n)
         .window(tumbling(Duration::from_secs(1)), |n| *n as i64)
-        .aggregate(|| 0u64, |count, _| *count += 1, |into, other| *into += other, |_, _, count| *count)
+        .aggregate(
+            || 0u64,
+            |count, _| *count += 1,
+            |into, other| *into += other,
+            |_, _, count| *count,
+        )
         .sink("windows", FileSink::folder(output, "txt", Lines(|n: &u64| *n)));
     right
         .round_robin()
@@ -276,7 +297,10 @@ fn explanation() -> String {
     let ended = Cli::new("everything", "/tmp").args(args).args(["--explain"]).run();
     assert_eq!(ended.code, Some(0), "{}", ended.err);
     let (first, rest) = ended.out.split_once('\n').expect("several lines");
-    assert!(first.starts_with("job job (plan ") && first.len() == "job job (plan )".len() + 16, "{first}");
+    assert!(
+        first.starts_with("job job (plan ") && first.len() == "job job (plan )".len() + 16,
+        "{first}"
+    );
     rest.replace(&format!(": core {core},"), ": core 0,")
 }
 
@@ -295,11 +319,23 @@ fn r24_every_limit_has_a_number_in_the_explanation() {
     let (_, limits) = found.split_once("\nlimits\n").expect("a part on limits");
     let (limits, _) = limits.split_once("\n\n").expect("something behind it");
     let names = [
-        "workers", "edges, rings", "bytes of a ring", "words a worker sleeps on", "undo log", "cells of a worker",
-        "spill of a lane", "key groups", "descriptors", "addresses", "restart budget",
+        "workers",
+        "edges, rings",
+        "bytes of a ring",
+        "words a worker sleeps on",
+        "undo log",
+        "cells of a worker",
+        "spill of a lane",
+        "key groups",
+        "descriptors",
+        "addresses",
+        "restart budget",
     ];
     for (line, name) in limits.lines().zip(names) {
-        let value = line.trim_start().strip_prefix(name).unwrap_or_else(|| panic!("{line:?} is not {name}"));
+        let value = line
+            .trim_start()
+            .strip_prefix(name)
+            .unwrap_or_else(|| panic!("{line:?} is not {name}"));
         assert!(value.contains(|c: char| c.is_ascii_digit()), "{line:?} has no number");
     }
     assert_eq!(limits.lines().count(), names.len(), "{limits}");
@@ -311,10 +347,20 @@ fn the_report_is_one_line_of_json() {
     let ended = Cli::new("ordered", &parameters).workers(2).args(["--report", "json"]).run();
     assert_eq!(ended.err.lines().count(), 1, "{}", ended.err);
     let report = ended.report();
-    let fields: Vec<&str> = report.as_object().expect("an object").keys().map(String::as_str).collect();
+    let fields: Vec<&str> =
+        report.as_object().expect("an object").keys().map(String::as_str).collect();
     let mut expected = vec![
-        "name", "workers", "records_in", "records_out", "late", "rejected", "dropped", "elapsed_s", "rate_per_s",
-        "counters", "restarts",
+        "name",
+        "workers",
+        "records_in",
+        "records_out",
+        "late",
+        "rejected",
+        "dropped",
+        "elapsed_s",
+        "rate_per_s",
+        "counters",
+        "restarts",
     ];
     expected.sort_unstable();
     let mut sorted = fields;
@@ -334,7 +380,10 @@ fn the_report_is_for_people_otherwise() {
     let parameters = tally::parameters(6000, &folder.path().join("rows"));
     let ended = Cli::new("ordered", &parameters).workers(2).run();
     let lines: Vec<&str> = ended.err.lines().collect();
-    assert!(lines[0].starts_with("job: 6000 records in, 600 out, 0 late, 0 rejected, 0 dropped; "), "{lines:?}");
+    assert!(
+        lines[0].starts_with("job: 6000 records in, 600 out, 0 late, 0 rejected, 0 dropped; "),
+        "{lines:?}"
+    );
     assert!(lines[0].ends_with(" records/s, 2 workers"), "{lines:?}");
     assert_eq!(lines[1..], ["  seen: 6000"]);
     assert_eq!(ended.out, "");
@@ -349,7 +398,9 @@ fn few_descriptors_mean_fewer_key_groups_and_a_message() {
     let first = ended.err.lines().next();
     assert_eq!(
         first,
-        Some("testudo: 128 key groups need more than the 110 descriptors allowed (ulimit -n); using 32")
+        Some(
+            "testudo: 128 key groups need more than the 110 descriptors allowed (ulimit -n); using 32"
+        )
     );
     tally::check(&output, 6000, 2);
 }
@@ -368,7 +419,8 @@ fn a_printed_stream_reaches_standard_output_whole() {
     for workers in [1, 3] {
         let ended = Cli::new("numbers", "").workers(workers).run();
         assert_eq!(ended.code, Some(0), "{}", ended.err);
-        let mut found: Vec<u64> = ended.out.lines().map(|line| line.parse().expect("a number")).collect();
+        let mut found: Vec<u64> =
+            ended.out.lines().map(|line| line.parse().expect("a number")).collect();
         found.sort_unstable();
         assert!(found.into_iter().eq(0..5000));
         assert!(ended.err.starts_with("job: 5000 records in, 5000 out, "), "{}", ended.err);
@@ -430,7 +482,8 @@ fn r8_each_line_is_answered_before_the_next_is_sent() {
 fn a_limit_counts_lines_of_standard_input() {
     for limit in ["0", "1", "700"] {
         let lines: String = (0..1000).map(|n| format!("{n}\n")).collect();
-        let ended = Cli::new("echo", "").workers(2).args(["--limit", limit]).stdin(piped(lines)).run();
+        let ended =
+            Cli::new("echo", "").workers(2).args(["--limit", limit]).stdin(piped(lines)).run();
         assert_eq!(ended.code, Some(0), "{}", ended.err);
         assert_eq!(ended.out.lines().count().to_string(), limit);
     }
@@ -451,9 +504,25 @@ fn help_says_every_setting() {
     let ended = Cli::new("numbers", "").args(["--help"]).run();
     assert_eq!(ended.code, Some(0));
     for name in [
-        "name", "workers", "cores", "idle", "ring-bytes", "key-groups", "huge-pages", "limit", "rate", "rejects",
-        "max-rejects", "no-split", "completeness", "restart-budget", "trust-records", "report", "explain",
-        "no-progress", "config",
+        "name",
+        "workers",
+        "cores",
+        "idle",
+        "ring-bytes",
+        "key-groups",
+        "huge-pages",
+        "limit",
+        "rate",
+        "rejects",
+        "max-rejects",
+        "no-split",
+        "completeness",
+        "restart-budget",
+        "trust-records",
+        "report",
+        "explain",
+        "no-progress",
+        "config",
     ] {
         assert!(ended.out.contains(&format!("--{name}")), "{name} is missing:\n{}", ended.out);
     }

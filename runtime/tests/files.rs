@@ -1,11 +1,14 @@
-//! Files in and out: what cannot be read is refused with its place and reason, what is written is there exactly once, and
-//! no output is touched by a job that may not write it.
+//! Files in and out: what cannot be read is refused with its place and reason, what is written is
+//! there exactly once, and no output is touched by a job that may not write it.
 
 mod common;
 
 use common::process::Disturber;
 use common::program::{Cli, Ended};
-use common::{Jobs, finish, folder, run, run_failing, settings, sorted_lines, sorted_parts, start, text, trials};
+use common::{
+    Jobs, finish, folder, run, run_failing, settings, sorted_lines, sorted_parts, start, text,
+    trials,
+};
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -83,7 +86,8 @@ fn paths(parameters: &str) -> (Vec<PathBuf>, PathBuf) {
 
 fn csv_to_file(flow: &Flow, parameters: &str) {
     let (inputs, output) = paths(parameters);
-    flow.source("rows", FileSource::<Row>::csv(inputs)).sink("out", FileSink::new(output, Csv(fields)));
+    flow.source("rows", FileSource::<Row>::csv(inputs))
+        .sink("out", FileSink::new(output, Csv(fields)));
 }
 
 fn csv_to_folder(flow: &Flow, parameters: &str) {
@@ -102,8 +106,10 @@ fn json_to_file(flow: &Flow, parameters: &str) {
 
 fn lines_to_file(flow: &Flow, parameters: &str) {
     let (inputs, output) = paths(parameters);
-    flow.source("lines", FileSource::lines(inputs))
-        .sink("out", FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())));
+    flow.source("lines", FileSource::lines(inputs)).sink(
+        "out",
+        FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())),
+    );
 }
 
 /// A folder with an input file, and where outputs go.
@@ -127,7 +133,8 @@ impl Case {
         format!("{} {}", text(&self.input), text(&self.output))
     }
 
-    /// Runs a job with one to three workers, then with two that are killed, and checks rows and rejects each time.
+    /// Runs a job with one to three workers, then with two that are killed, and checks rows and
+    /// rejects each time.
     fn each_way(&self, job: &str, rows: &[String], rejects: &[String]) {
         let kills = "0:12:3:1,0:9:2:2,0:10:1:1,1:11:2:2,1:8:1:1";
         for (workers, kills) in [(1, None), (2, None), (3, None), (2, Some(kills))] {
@@ -167,7 +174,9 @@ fn csv_input(case_input: &Path) -> (String, Vec<String>, Vec<String>) {
             _ => (format!("{n},name {n},{}", n as f64 / 4.0), None),
         };
         match reason {
-            Some(reason) => rejects.push(format!("{}:{}\t{reason}\t{line}", text(case_input), input.len())),
+            Some(reason) => {
+                rejects.push(format!("{}:{}\t{reason}\t{line}", text(case_input), input.len()))
+            }
             None => rows.push(row_line(n)),
         }
         writeln!(input, "{line}").expect("a string takes it");
@@ -188,7 +197,9 @@ fn csv_lines_that_cannot_be_read_are_refused_with_place_and_reason() {
     let (input, rows, rejects) = csv_input(&case.input);
     fs::write(&case.input, input).expect("room for an input file");
     // What the decoder says of a value is not ours to spell out; place, column and value are.
-    let one = Cli::new("csv_to_file", &case.parameters()).workers(1).args(["--rejects", &text(&case.rejects)]);
+    let one = Cli::new("csv_to_file", &case.parameters())
+        .workers(1)
+        .args(["--rejects", &text(&case.rejects)]);
     assert_eq!(one.run().code, Some(0));
     let found = sorted_lines(&case.rejects);
     assert_eq!(found.len(), rejects.len());
@@ -214,11 +225,15 @@ fn json_lines_that_cannot_be_read_are_refused_with_place_and_reason() {
         };
         let end = line.len();
         let reason = match n % 50 {
-            9 => Some(format!("not JSON at column {end}, after {line:?}: EOF while parsing an object")),
+            9 => Some(format!(
+                "not JSON at column {end}, after {line:?}: EOF while parsing an object"
+            )),
             17 => {
                 let near = &line[..line.find(',').expect("a comma")];
                 let at = near.len();
-                Some(format!("column {at}, after {near:?}: invalid type: string \"{n}\", expected u64"))
+                Some(format!(
+                    "column {at}, after {near:?}: invalid type: string \"{n}\", expected u64"
+                ))
             }
             _ => None,
         };
@@ -298,7 +313,11 @@ fn a_limit_of_a_file_is_exact_over_all_workers() {
             let report = run(lines_to_file, &parameters, settings);
             let first = &lines[..(limit as usize).min(3000)];
             assert_eq!(report.records_in, first.len() as u64);
-            assert_eq!(sorted_lines(&case.output), sorted(first.to_vec()), "{workers} workers, {limit}");
+            assert_eq!(
+                sorted_lines(&case.output),
+                sorted(first.to_vec()),
+                "{workers} workers, {limit}"
+            );
         }
     }
 }
@@ -311,7 +330,11 @@ fn quoted_line_ends_are_kept_in_files_that_are_not_split() {
     assert_eq!((report.records_in, report.rejected), (2000, 0));
     assert_eq!(fs::read_to_string(&case.output).expect("the output is there"), input);
     let split = run(csv_to_file, &case.parameters(), settings(3));
-    assert_eq!((split.records_in, split.rejected), (0, 4000), "without it each line stands for itself");
+    assert_eq!(
+        (split.records_in, split.rejected),
+        (0, 4000),
+        "without it each line stands for itself"
+    );
 }
 
 /// A source of one subtask, so that the order is one, too; through another process and back.
@@ -322,7 +345,10 @@ fn endless(flow: &Flow, output: &str) {
         .map(|n| "x".repeat((n % 30) as usize))
         .parallelism(1)
         .isolated()
-        .sink("out", FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())));
+        .sink(
+            "out",
+            FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())),
+        );
 }
 
 fn r13_a_file_is_the_same_to_the_byte_whoever_was_killed() {
@@ -333,7 +359,8 @@ fn r13_a_file_is_the_same_to_the_byte_whoever_was_killed() {
     disturber.kill_randomly(common::deep(300, 40));
     running.stop();
     let report = finish(running).expect("the job survives");
-    let expected: String = (0..report.records_in).map(|n| "x".repeat((n % 30) as usize) + "\n").collect();
+    let expected: String =
+        (0..report.records_in).map(|n| "x".repeat((n % 30) as usize) + "\n").collect();
     let found = fs::read_to_string(&case.output).expect("the output is there");
     assert!(found == expected, "{} bytes instead of {}", found.len(), expected.len());
     assert_eq!(report.records_out, report.records_in);
@@ -368,8 +395,13 @@ fn a_folder_of_parts_replaces_the_parts_of_before_and_nothing_else() {
     run(csv_to_folder, &case.parameters(), settings(2));
     let rows = sorted_parts(&case.output);
     assert_eq!(rows, ["1,a,", "2,b,", "id,name,share", "id,name,share"]);
-    assert_eq!(fs::read_to_string(case.output.join("notes.txt")).ok().as_deref(), Some("of before\n"));
-    assert!(!case.output.join("part-007.csv").exists() && !case.output.join("part-001.json").exists());
+    assert_eq!(
+        fs::read_to_string(case.output.join("notes.txt")).ok().as_deref(),
+        Some("of before\n")
+    );
+    assert!(
+        !case.output.join("part-007.csv").exists() && !case.output.join("part-001.json").exists()
+    );
 }
 
 fn an_existing_output_is_overwritten() {
@@ -462,7 +494,11 @@ fn an_output_of_a_killed_job_can_be_written_again() {
 }
 
 fn shorten(path: &Path) {
-    File::options().write(true).open(path).and_then(|file| file.set_len(3)).expect("the output is there");
+    File::options()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_len(3))
+        .expect("the output is there");
 }
 
 /// The end of a job whose output was cut to three bytes.
@@ -489,7 +525,8 @@ fn r13_an_output_cut_short_before_a_recovery_is_an_error() {
     let case = Case::new("");
     let job = writing(&case.output, 1);
     let workers = job.workers(2);
-    let first = |pid: &&u32| common::process::stat(**pid).is_some_and(|stat| stat.name == "testudo-w0");
+    let first =
+        |pid: &&u32| common::process::stat(**pid).is_some_and(|stat| stat.name == "testudo-w0");
     let worker = *workers.iter().find(first).expect("the sink's worker");
     let worker = common::process::Held::child_of(worker, job.pid()).expect("its worker");
     // Stopped, it cannot see the cut itself; its successor must.
@@ -524,7 +561,11 @@ fn an_input_that_shrinks_is_an_error() {
     common::wait_for("the first rows", || {
         fs::metadata(&case.output).is_ok_and(|meta| meta.len() > 0).then_some(())
     });
-    File::options().write(true).open(&case.input).and_then(|file| file.set_len(1000)).expect("a file");
+    File::options()
+        .write(true)
+        .open(&case.input)
+        .and_then(|file| file.set_len(1000))
+        .expect("a file");
     let error = finish(running).expect_err("the job cannot go on");
     assert_eq!(
         error.to_string(),

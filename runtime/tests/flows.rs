@@ -1,5 +1,5 @@
-//! Every operator and every exchange against a model: the same result with one, two and three workers, and when workers
-//! are killed at awkward points on the way.
+//! Every operator and every exchange against a model: the same result with one, two and three
+//! workers, and when workers are killed at awkward points on the way.
 
 mod common;
 
@@ -82,13 +82,16 @@ fn outputs(parameters: &str) -> Vec<&str> {
     parameters.split(' ').collect()
 }
 
-/// Runs a job with one to three workers, then with two that are killed, and has `check` look at the files each time.
+/// Runs a job with one to three workers, then with two that are killed, and has `check` look at the
+/// files each time.
 fn each_way(job: &str, files: usize, check: impl Fn(&[PathBuf], u64, &Ended)) {
     for (workers, kills) in [(1, None), (2, None), (3, None), (2, Some(KILLS))] {
         let folder = folder();
-        let paths: Vec<PathBuf> = (0..files).map(|n| folder.path().join(format!("out-{n}"))).collect();
+        let paths: Vec<PathBuf> =
+            (0..files).map(|n| folder.path().join(format!("out-{n}"))).collect();
         let parameters: Vec<String> = paths.iter().map(|path| text(path)).collect();
-        let mut cli = Cli::new(job, &parameters.join(" ")).workers(workers).args(["--report", "json"]);
+        let mut cli =
+            Cli::new(job, &parameters.join(" ")).workers(workers).args(["--report", "json"]);
         if let Some(kills) = kills {
             cli = cli.env(KILL_AT, kills);
         }
@@ -135,13 +138,12 @@ fn map_filter_and_flat_map_do_what_they_say() {
 
 fn refusing(flow: &Flow, parameters: &str) {
     let files = outputs(parameters);
-    let (good, bad) = flow
-        .source("numbers", count())
-        .try_map(|n| if n % 7 == 0 { Err(format!("{n} is a multiple of seven")) } else { Ok(n + 1) });
+    let (good, bad) = flow.source("numbers", count()).try_map(|n| {
+        if n % 7 == 0 { Err(format!("{n} is a multiple of seven")) } else { Ok(n + 1) }
+    });
     good.sink("good", to(files[0]));
     bad.sink("bad", FileSink::new(files[1], Lines(|why: &Text| why.to_string())));
 }
-
 
 fn try_map_sends_what_it_refuses_to_the_side_and_counts_it() {
     let refused = TOTAL.div_ceil(7);
@@ -235,7 +237,12 @@ fn round_robin_shares_evenly_and_loses_nothing() {
 }
 
 fn gathered(flow: &Flow, output: &str) {
-    flow.source("numbers", count()).parallelism(1).round_robin().parallelism(1).gather().sink("out", to(output));
+    flow.source("numbers", count())
+        .parallelism(1)
+        .round_robin()
+        .parallelism(1)
+        .gather()
+        .sink("out", to(output));
 }
 
 fn gather_keeps_the_order_of_a_single_producer() {
@@ -271,7 +278,8 @@ fn reduce_emits_every_running_result() {
     each_way("reduced", 1, |files, _, _| assert_eq!(sorted_lines(&files[0]), expected));
 }
 
-const WORDS: [&str; 6] = ["", "a", "söt", "a longer word than fits into a slot of a table", "\u{1F422}", "z"];
+const WORDS: [&str; 6] =
+    ["", "a", "söt", "a longer word than fits into a slot of a table", "\u{1F422}", "z"];
 
 fn spelled(flow: &Flow, output: &str) {
     flow.source("numbers", Generator::new(TOTAL / 4, |n| n))
@@ -332,9 +340,15 @@ fn described(flow: &Flow, output: &str) {
         .key_by(|parcel| parcel.to.to_string())
         .reduce(|_, new| <Parcel as Record>::to_owned(new))
         .union(flow.source("none", Generator::new(0, parcel)))
-        .sink("out", FileSink::new(output, Lines(|view: &<Parcel as Record>::View| {
-            parcel_line(&<Parcel as Record>::to_owned(view))
-        })));
+        .sink(
+            "out",
+            FileSink::new(
+                output,
+                Lines(|view: &<Parcel as Record>::View| {
+                    parcel_line(&<Parcel as Record>::to_owned(view))
+                }),
+            ),
+        );
 }
 
 fn archived_records_travel_through_exchanges_whole() {
@@ -399,7 +413,13 @@ fn stateful(flow: &Flow, output: &str) {
     flow.source("numbers", count())
         .key_by(|n| n % STATEFUL_KEYS)
         .process(
-            |state| (state.value::<u64>("value"), state.list::<u64>("list"), state.map::<u64, String>("map")),
+            |state| {
+                (
+                    state.value::<u64>("value"),
+                    state.list::<u64>("list"),
+                    state.map::<u64, String>("map"),
+                )
+            },
             |(value, list, map), cx, n| match act(*n) {
                 Act::Set(to) => cx.set(value, &to),
                 Act::Clear => cx.clear(value),
@@ -508,7 +528,8 @@ fn a_limit_is_exact_whatever_the_number_of_workers() {
     let output = folder.path().join("out");
     for workers in 1..=4 {
         for limit in [1, 2, 3, 1000, 12_345] {
-            let report = run(endless, &text(&output), Settings { limit: Some(limit), ..settings(workers) });
+            let report =
+                run(endless, &text(&output), Settings { limit: Some(limit), ..settings(workers) });
             assert_eq!(report.records_in, limit);
             assert_eq!(sorted_lines(&output), lines(0..limit), "{workers} workers");
         }
@@ -550,7 +571,12 @@ impl Source for Ticks {
 }
 
 impl Reader<u64, u64> for TickReader {
-    fn read(&mut self, at: &mut u64, max: usize, out: &mut impl Collect<u64>) -> Result<Progress, String> {
+    fn read(
+        &mut self,
+        at: &mut u64,
+        max: usize,
+        out: &mut impl Collect<u64>,
+    ) -> Result<Progress, String> {
         self.calls += 1;
         if self.calls % 5 == 0 {
             return Ok(Progress::Idle { until_ns: testudo::time::now_ns() + 100_000 });
@@ -574,7 +600,8 @@ fn a_limit_is_divided_among_the_readers_of_a_source_that_knows_none() {
     let folder = folder();
     let output = folder.path().join("out");
     for (workers, limit) in [(1, 777), (2, 777), (3, 1000), (3, 2)] {
-        let report = run(ticking, &text(&output), Settings { limit: Some(limit), ..settings(workers) });
+        let report =
+            run(ticking, &text(&output), Settings { limit: Some(limit), ..settings(workers) });
         assert_eq!(report.records_in, limit);
         assert_eq!(sorted_lines(&output), lines(0..limit), "{workers} workers");
     }
@@ -621,7 +648,10 @@ fn nowhere(flow: &Flow, _: &str) {
 
 fn a_stream_that_goes_nowhere_is_refused() {
     let (message, code) = run_failing(nowhere, "", settings(1));
-    assert_eq!(message, "the stream behind numbers+map goes nowhere: end it with sink, for_each or print");
+    assert_eq!(
+        message,
+        "the stream behind numbers+map goes nowhere: end it with sink, for_each or print"
+    );
     assert_eq!(code, 3);
 }
 

@@ -1,5 +1,6 @@
-//! Workers die, results stay: SIGKILL at random, at every named point of a step and of attaching, alone and together,
-//! during recovery, hundreds of times. Each test compares with what an undisturbed job gives.
+//! Workers die, results stay: SIGKILL at random, at every named point of a step and of attaching,
+//! alone and together, during recovery, hundreds of times. Each test compares with what an
+//! undisturbed job gives.
 
 mod common;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
             a_killed_worker_that_had_finished_is_done_again,
             a_worker_that_dies_for_ever_uses_up_the_budget,
             every_death_is_in_the_report_with_its_cause,
+            canary_a_lost_a_doubled_and_a_late_record_are_seen,
         ],
     )
 }
@@ -54,7 +56,8 @@ fn disturbed(workers: usize, disturb: impl FnOnce(&mut Disturber<'_>)) -> Report
     let kills = disturber.kills;
     running.stop();
     let report = finish(running).expect("the job survives");
-    let others: Vec<_> = report.restarts.iter().filter(|restart| restart.cause != "SIGKILL").collect();
+    let others: Vec<_> =
+        report.restarts.iter().filter(|restart| restart.cause != "SIGKILL").collect();
     assert!(others.is_empty(), "deaths that nobody ordered: {others:?}");
     assert_eq!(report.restarts.len(), kills, "deaths in the report");
     tally::check(&output, report.records_in, workers as u64);
@@ -107,26 +110,35 @@ fn two_workers_killed_at_once_both_come_back() {
 
 /// A job of the speed class: plain records, a hash exchange, counts by key, nothing else.
 fn busy(flow: &Flow, output: &str) {
-    flow.source("numbers", Generator::new(u64::MAX, |n| tally::Numbered { key: n % 100_000, sequence: 1 }))
-        .key_by(|record| record.key)
-        .reduce(|sum, record| tally::Numbered { key: record.key, sequence: sum.sequence + record.sequence })
-        .key_by(|_| 0u64)
-        .process(
-            |state| state.value::<[u64; 2]>("all"),
-            |all, cx, record| {
-                // The running sums of a key add up to n (n + 1) / 2 only when every n was there once.
-                let [count, sum] = cx.get(all).copied().unwrap_or_default();
-                if count == 0 {
-                    cx.set_timer(i64::MAX);
-                }
-                cx.set(all, &[count + 1, sum.wrapping_add(record.sequence)]);
-            },
-            |all, cx, _| {
-                let [count, sum] = cx.get(all).copied().unwrap_or_default();
-                cx.emit(tally::Numbered { key: count, sequence: sum });
-            },
-        )
-        .sink("sum", FileSink::new(output, Lines(|r: &tally::Numbered| format!("{} {}", r.key, r.sequence))));
+    flow.source(
+        "numbers",
+        Generator::new(u64::MAX, |n| tally::Numbered { key: n % 100_000, sequence: 1 }),
+    )
+    .key_by(|record| record.key)
+    .reduce(|sum, record| tally::Numbered {
+        key: record.key,
+        sequence: sum.sequence + record.sequence,
+    })
+    .key_by(|_| 0u64)
+    .process(
+        |state| state.value::<[u64; 2]>("all"),
+        |all, cx, record| {
+            // The running sums of a key add up to n (n + 1) / 2 only when every n was there once.
+            let [count, sum] = cx.get(all).copied().unwrap_or_default();
+            if count == 0 {
+                cx.set_timer(i64::MAX);
+            }
+            cx.set(all, &[count + 1, sum.wrapping_add(record.sequence)]);
+        },
+        |all, cx, _| {
+            let [count, sum] = cx.get(all).copied().unwrap_or_default();
+            cx.emit(tally::Numbered { key: count, sequence: sum });
+        },
+    )
+    .sink(
+        "sum",
+        FileSink::new(output, Lines(|r: &tally::Numbered| format!("{} {}", r.key, r.sequence))),
+    );
 }
 
 fn a_kill_loop_at_full_speed_changes_nothing() {
@@ -139,7 +151,8 @@ fn a_kill_loop_at_full_speed_changes_nothing() {
     disturber.kill_randomly(deep(300, 30));
     running.stop();
     let report = finish(running).expect("the job survives");
-    // Subtask i read i, i + 2, …: from how many there are in all, only a few ways of sharing are possible.
+    // Subtask i read i, i + 2, …: from how many there are in all, only a few ways of sharing are
+    // possible.
     let lines = sorted_lines(&output);
     let numbers: Vec<u64> = lines[0].split(' ').map(|n| n.parse().expect("a number")).collect();
     assert_eq!(numbers[0], report.records_in, "records that reached the end");
@@ -161,7 +174,8 @@ fn killed_at(orders: &str, deaths: usize) {
     let folder = folder();
     let output = folder.path().join("rows.csv");
     let parameters = tally::parameters(150_000, &output);
-    let job = Cli::new("ordered", &parameters).workers(2).args(["--report", "json"]).env(KILL_AT, orders);
+    let job =
+        Cli::new("ordered", &parameters).workers(2).args(["--report", "json"]).env(KILL_AT, orders);
     let ended = job.run();
     assert_eq!(ended.restarts(), deaths, "{orders}: {}", ended.err);
     assert_eq!(ended.report()["records_in"], 150_000, "{orders}");
@@ -207,8 +221,8 @@ fn r2_a_kill_at_any_point_of_attaching_is_recovered_from() {
 }
 
 fn r11_a_kill_in_rollback_repeats_the_rollback() {
-    // The last order that names a life counts: the first life dies in a step, the next ones while they undo it, after
-    // more and more entries.
+    // The last order that names a life counts: the first life dies in a step, the next ones while
+    // they undo it, after more and more entries.
     let (before, rolling) = (index(Point::BeforeCommit), index(Point::RollingBack));
     for worker in [0, 1] {
         let orders = format!(
@@ -343,4 +357,32 @@ fn every_death_is_in_the_report_with_its_cause() {
     }
     let text = report.text(testudo::config::ReportForm::Text);
     assert_eq!(text.matches("died (SIGKILL), back after ").count(), 5, "{text}");
+}
+
+/// The self-checking job with one fault: a record that is left out, one that comes twice, two that
+/// change places.
+fn faulty(flow: &Flow, parameters: &str) {
+    let (fault, parameters) = parameters.split_once(' ').expect("a fault");
+    let fault = fault.to_owned();
+    let at = 1234 * tally::KEYS + 5;
+    let numbers = move |n: u64| match fault.as_str() {
+        "lost" if n >= at && n % tally::KEYS == 5 => n + tally::KEYS,
+        "doubled" if n >= at && n % tally::KEYS == 5 => n - tally::KEYS,
+        "late" if n == at => n + tally::KEYS,
+        "late" if n == at + tally::KEYS => n - tally::KEYS,
+        _ => n,
+    };
+    tally::checked(flow, parameters, move |n| tally::numbered(numbers(n)));
+}
+
+fn canary_a_lost_a_doubled_and_a_late_record_are_seen() {
+    let folder = folder();
+    let output = folder.path().join("rows.csv");
+    let sees = |fault: &str| {
+        let parameters = format!("{fault} {}", tally::parameters(1_000_000, &output));
+        let report = run(faulty, &parameters, settings(2));
+        std::panic::catch_unwind(|| tally::check(&output, report.records_in, 2)).is_err()
+    };
+    assert!(sees("lost") && sees("doubled") && sees("late"));
+    assert!(!sees("none"), "the canary sings without a reason");
 }

@@ -1,1 +1,122 @@
-fn main() {}
+//! Hundreds of restarts leave nothing behind: no descriptor, no mapping, no memory, neither in the
+//! launching process nor in the workers that lived on. A program of its own, so that no other
+//! test's descriptors are counted.
+
+mod common;
+
+use common::process::{Disturber, status_kib};
+use common::tally::{self, ordered};
+use common::{Jobs, finish, folder, settings, start, trials, wait_for};
+use std::process::ExitCode;
+use testudo::prelude::*;
+use testudo::shm::primitive::Ordering;
+
+const JOBS: Jobs = &[];
+
+fn main() -> ExitCode {
+    testudo::init();
+    common::host(
+        JOBS,
+        trials![
+            two_hundred_restarts_leak_nothing_in_the_launcher_and_in_the_peer,
+            a_job_that_ended_has_closed_its_descriptors,
+        ],
+    )
+}
+
+/// What a process holds.
+#[derive(Debug, Clone, Copy)]
+struct Holdings {
+    descriptors: usize,
+    mappings: usize,
+    anonymous_kib: u64,
+    shared_kib: u64,
+}
+
+fn entries(path: &str) -> usize {
+    std::fs::read_dir(path).map_or(0, Iterator::count)
+}
+
+fn holdings(pid: u32) -> Holdings {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("a living process");
+    Holdings {
+        descriptors: entries(&format!("/proc/{pid}/fd")),
+        mappings: maps.lines().count(),
+        anonymous_kib: status_kib(pid, "RssAnon").expect("a living process"),
+        shared_kib: status_kib(pid, "RssShmem").expect("a living process"),
+    }
+}
+
+/// Waits until a process holds no more than before. What the dead held goes once the kernel is done
+/// with them, so a moment of more is no leak; what stays is.
+fn assert_no_more(what: &str, pid: u32, before: Holdings) {
+    // The C library keeps an arena for each thread that ever ran at the same time as others.
+    const MAPPINGS: usize = 8;
+    const ANONYMOUS_KIB: u64 = 1024;
+    let begun = std::time::Instant::now();
+    loop {
+        let now = holdings(pid);
+        let is_same = now.descriptors <= before.descriptors
+            && now.mappings <= before.mappings + MAPPINGS
+            && now.anonymous_kib <= before.anonymous_kib + ANONYMOUS_KIB
+            && now.shared_kib <= before.shared_kib + ANONYMOUS_KIB;
+        if is_same {
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what} has {now:?} and had {before:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn two_hundred_restarts_leak_nothing_in_the_launcher_and_in_the_peer() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    let running = start(ordered, &tally::parameters(u64::MAX, &output), settings(2));
+    let view = running.workers().expect("the job starts");
+    let peer = &view.workers[1];
+    let pid = |header: &testudo::shm::header::WorkerHeader| header.pid.load(Ordering::Acquire);
+    let mut disturber = Disturber::new(&running, &view, 41);
+    assert!(disturber.settle(1));
+    // The first ones touch pages for the first time.
+    for _ in 0..30 {
+        disturber.kill(0);
+    }
+    assert!(disturber.settle(0));
+    let (own, lived_on) = (std::process::id(), pid(peer));
+    let (before, peer_before) = (holdings(own), holdings(lived_on));
+    let successor_before = holdings(pid(view.workers[0]));
+    for _ in 0..common::deep(2000, 200) {
+        disturber.kill(0);
+    }
+    assert!(disturber.settle(0));
+    assert_eq!(pid(peer), lived_on, "the peer is the process that it was");
+    assert_no_more("the launcher", own, before);
+    assert_no_more("the peer", lived_on, peer_before);
+    assert_no_more("the successor", pid(view.workers[0]), successor_before);
+    let kills = disturber.kills;
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    assert_eq!(report.restarts.len(), kills);
+    tally::check(&output, report.records_in, 2);
+}
+
+fn a_job_that_ended_has_closed_its_descriptors() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    let once = || {
+        common::run(ordered, &tally::parameters(10_000, &output), settings(2));
+    };
+    once();
+    let before = entries("/proc/self/fd");
+    for _ in 0..20 {
+        once();
+    }
+    let after = wait_for("the descriptors to be closed", || Some(entries("/proc/self/fd")));
+    assert_eq!(after, before);
+    let left =
+        std::fs::read_dir("/proc/self/task").expect("our own threads").flatten().filter(|task| {
+            let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+            name.starts_with("testudo-")
+        });
+    assert_eq!(left.count(), 0, "threads of ended jobs are left");
+}

@@ -1,12 +1,14 @@
-//! Beginning and end of a job: signals, the death of the launching process, failures in user code, and what is left
-//! behind, which is nothing.
+//! Beginning and end of a job: signals, the death of the launching process, failures in user code,
+//! and what is left behind, which is nothing.
 
 mod common;
 
 use common::process::{Disturber, Held, own_group_and_session, stat, status_kib, workers_of};
 use common::program::{Cli, Started};
 use common::tally::{self, ordered};
-use common::{Jobs, finish, folder, run_failing, settings, sorted_lines, start, text, trials, wait_for};
+use common::{
+    Jobs, finish, folder, run_failing, settings, sorted_lines, start, text, trials, wait_for,
+};
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
@@ -54,7 +56,12 @@ fn windows(flow: &Flow, output: &str) {
     flow.source("numbers", Generator::new(u64::MAX, |n| n))
         .key_by(|n| n % 100)
         .window(tumbling(Duration::from_secs(1_000_000)), |n| (*n % 1000) as i64)
-        .aggregate(|| 0u64, |count, _| *count += 1, |into, other| *into += other, |_, _, count| *count)
+        .aggregate(
+            || 0u64,
+            |count, _| *count += 1,
+            |into, other| *into += other,
+            |_, _, count| *count,
+        )
         .sink("counts", FileSink::new(output, Lines(|count: &u64| *count)));
 }
 
@@ -75,7 +82,8 @@ fn started(output: &Path) -> Started {
 fn assert_drained(job: Started, output: &Path) {
     let ended = job.wait();
     let report = ended.report();
-    let counts: u64 = sorted_lines(output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
+    let counts: u64 =
+        sorted_lines(output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
     assert!(counts > 0);
     assert_eq!(report["records_in"], counts);
     assert_eq!(report["restarts"].as_array().map(Vec::len), Some(0));
@@ -117,7 +125,8 @@ fn a_second_signal_stops_at_once() {
         let job = Cli::new("stuck", "").workers(2).start();
         let workers = job.workers(2);
         job.signal(libc::SIGINT);
-        // Two signals of one number that come together are one to the kernel: the first must have been read.
+        // Two signals of one number that come together are one to the kernel: the first must have
+        // been read.
         wait_for("the first signal to be taken", || {
             let pending = pending_signals(job.pid())?;
             (pending & (1 << (libc::SIGINT - 1)) == 0).then_some(())
@@ -146,7 +155,8 @@ fn an_embedded_job_is_drained_and_stopped_on_request() {
     assert!(disturber.settle(0) && disturber.settle(1));
     running.stop();
     let report = finish(running).expect("a drained job ended well");
-    let counts: u64 = sorted_lines(&output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
+    let counts: u64 =
+        sorted_lines(&output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
     assert_eq!(report.records_in, counts);
 
     let running = start(stuck, "", settings(2));
@@ -154,7 +164,10 @@ fn an_embedded_job_is_drained_and_stopped_on_request() {
     running.stop();
     running.stop();
     let error = finish(running).expect_err("it was stopped");
-    assert_eq!((error.to_string().as_str(), error.exit_code()), ("stopped before the end, on request", 130));
+    assert_eq!(
+        (error.to_string().as_str(), error.exit_code()),
+        ("stopped before the end, on request", 130)
+    );
 }
 
 fn a_job_is_drained_while_its_workers_are_being_replaced() {
@@ -235,7 +248,9 @@ fn nothing_is_left_in_shared_memory() {
     let ours = || {
         let names = fs::read_dir("/dev/shm").into_iter().flatten().flatten();
         let names = names.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        names.filter(|name| name.contains("testudo") || name.contains("trace-me")).collect::<Vec<_>>()
+        names
+            .filter(|name| name.contains("testudo") || name.contains("trace-me"))
+            .collect::<Vec<_>>()
     };
     let before = ours();
     let folder = folder();
@@ -295,7 +310,8 @@ fn segments(pid: u32) -> Vec<(String, bool)> {
 fn each_segment_is_writable_in_one_process_only() {
     let folder = folder();
     let job = started(&folder.path().join("counts"));
-    let mut writers: std::collections::BTreeMap<String, Vec<u32>> = std::collections::BTreeMap::new();
+    let mut writers: std::collections::BTreeMap<String, Vec<u32>> =
+        std::collections::BTreeMap::new();
     let workers = job.workers(2);
     for pid in workers.iter().copied().chain([job.pid()]) {
         for (name, is_writable) in segments(pid) {
@@ -310,7 +326,8 @@ fn each_segment_is_writable_in_one_process_only() {
     assert!(writers.values().all(|pids| pids.len() == 1), "{writers:?}");
     assert_eq!(writers["job-control"], [job.pid()]);
     for worker in workers {
-        // What was mapped needs no descriptor any more; what is kept must not be writable elsewhere.
+        // What was mapped needs no descriptor any more; what is kept must not be writable
+        // elsewhere.
         let own = stat(worker).expect("a worker").name.replace("testudo-", "job-");
         for entry in fs::read_dir(format!("/proc/{worker}/fd")).expect("a worker").flatten() {
             let target = fs::read_link(entry.path()).unwrap_or_default();
@@ -319,7 +336,8 @@ fn each_segment_is_writable_in_one_process_only() {
             let info = format!("/proc/{worker}/fdinfo/{}", entry.file_name().to_string_lossy());
             let info = fs::read_to_string(info).unwrap_or_default();
             let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap_or("0");
-            let is_writable = u32::from_str_radix(flags.trim(), 8).is_ok_and(|flags| flags & 3 != 0);
+            let is_writable =
+                u32::from_str_radix(flags.trim(), 8).is_ok_and(|flags| flags & 3 != 0);
             let is_foreign = name.starts_with("job-w") && name != own;
             assert!(!(is_foreign && is_writable), "worker {worker} may write {name}");
         }
@@ -338,10 +356,15 @@ fn poisoned(flow: &Flow, _: &str) {
 fn a_record_that_always_panics_ends_the_job_with_the_panics_words() {
     let ended = Cli::new("poisoned", "").workers(2).args(["--restart-budget", "3"]).run();
     assert_eq!(ended.code, Some(5), "{}", ended.err);
-    let words = "died 4 times in a row without finishing a step (SIGABRT; its last words: panicked at ";
+    let words =
+        "died 4 times in a row without finishing a step (SIGABRT; its last words: panicked at ";
     assert!(ended.err.contains(words), "{}", ended.err);
     assert!(ended.err.contains("record 77777 is poison"), "{}", ended.err);
-    assert!(ended.err.trim_end().ends_with("; mend the cause, or raise --restart-budget"), "{}", ended.err);
+    assert!(
+        ended.err.trim_end().ends_with("; mend the cause, or raise --restart-budget"),
+        "{}",
+        ended.err
+    );
 }
 
 /// Dies of a record the first time that it sees it: a file remembers that.

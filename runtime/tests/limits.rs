@@ -1,18 +1,22 @@
-//! At the limits: records that do not fit, one record that becomes a million, consumers that cannot keep up, rings that
-//! are full both ways, memory that is refused. Nothing hangs, nothing grows without bound, and errors say what to do.
+//! At the limits: records that do not fit, one record that becomes a million, consumers that cannot
+//! keep up, rings that are full both ways, memory that is refused. Nothing hangs, nothing grows
+//! without bound, and errors say what to do.
 
 mod common;
 
 use common::process::{Disturber, status_kib};
 use common::program::Cli;
-use common::{Jobs, finish, folder, run, run_failing, settings, sorted_lines, start, text, trials, try_run, wait_for};
-use std::path::Path;
+use common::{
+    Jobs, finish, folder, run, run_failing, settings, sorted_lines, start, text, trials, try_run,
+    wait_for,
+};
 use std::process::ExitCode;
 use testudo::prelude::*;
 use testudo::shm::record::Record;
 use testudo::sink::file::Lines;
 
-const JOBS: Jobs = &[("growing", growing), ("growing_window", growing_window), ("growing_lists", growing_lists)];
+const JOBS: Jobs =
+    &[("growing", growing), ("growing_window", growing_window), ("growing_lists", growing_lists)];
 
 fn main() -> ExitCode {
     testudo::init();
@@ -82,10 +86,10 @@ fn a_plain_record_larger_than_the_ring_is_refused_before_the_job_starts() {
     let (message, code) = run_failing(plain_giants, "", small(2));
     assert_eq!(
         message,
-        "a record of 8000 bytes ([u64; 1000]) does not fit into a ring of 4096; raise --ring-bytes to at least 16384"
+        "a record of 8000 bytes ([u64; 1000]) does not fit into a ring of 4096; raise --ring-bytes to at least 8192"
     );
     assert_eq!(code, 3);
-    let report = run(plain_giants, "", Settings { ring_bytes: 16_384, ..settings(2) });
+    let report = run(plain_giants, "", Settings { ring_bytes: 8192, ..settings(2) });
     assert_eq!(report.records_out, 20);
 }
 
@@ -99,7 +103,10 @@ fn a_record_as_large_as_a_ring_takes_passes_and_a_larger_one_says_so() {
                 passed += 1;
             }
             Err(error) => {
-                assert!(error.to_string().contains("raise --ring-bytes to at least 16384"), "{error}");
+                assert!(
+                    error.to_string().contains("raise --ring-bytes to at least 16384"),
+                    "{error}"
+                );
                 refused += 1;
             }
         }
@@ -120,15 +127,14 @@ fn a_large_record_needs_no_ring_within_one_worker() {
 
 const MILLION: u64 = 1_000_000;
 
-/// Few records, each of which becomes `fan` ones with keys of their own; behind it, sums by key and a sum of everything.
+/// Few records, each of which becomes `fan` ones with keys of their own; behind it, sums by key and
+/// a sum of everything.
 fn fanned(flow: &Flow, parameters: &str) {
     let fields: Vec<&str> = parameters.split(' ').collect();
-    let (fan, keys): (u64, u64) = (fields[1].parse().expect("a number"), fields[2].parse().expect("a number"));
+    let (fan, keys): (u64, u64) =
+        (fields[1].parse().expect("a number"), fields[2].parse().expect("a number"));
     flow.source("seeds", Generator::new(4, |n| n))
-        .flat_map(move |seed| (0..fan).map(move |n| n).collect::<Vec<_>>().into_iter().map({
-            let seed = *seed;
-            move |n| seed * fan + n
-        }).collect::<Vec<_>>())
+        .flat_map(move |seed| seed * fan..(seed + 1) * fan)
         .key_by(move |n| n % keys)
         .process(
             |state| state.value::<[u64; 2]>("sum"),
@@ -145,7 +151,13 @@ fn fanned(flow: &Flow, parameters: &str) {
                 cx.emit([key, count, all]);
             },
         )
-        .sink("out", FileSink::new(fields[0], Lines(|row: &[u64; 3]| format!("{} {} {}", row[0], row[1], row[2]))));
+        .sink(
+            "out",
+            FileSink::new(
+                fields[0],
+                Lines(|row: &[u64; 3]| format!("{} {} {}", row[0], row[1], row[2])),
+            ),
+        );
 }
 
 /// The rows of `fanned`: for each key the numbers below four times `fan` that belong to it.
@@ -302,10 +314,10 @@ fn r7_two_full_workers_go_on_across_kills() {
 fn around(flow: &Flow, output: &str) {
     let (left, right) = flow.source("numbers", Generator::new(50_000, |n| n)).fork();
     let slow = left.broadcast().flat_map(|n| vec![2 * n; 2]);
-    slow.union(right.map(|n| 2 * n + 1)).key_by(|n| *n).stream().sink(
-        "out",
-        FileSink::folder(output, "txt", Lines(|n: &u64| *n)),
-    );
+    slow.union(right.map(|n| 2 * n + 1))
+        .key_by(|n| *n)
+        .stream()
+        .sink("out", FileSink::folder(output, "txt", Lines(|n: &u64| *n)));
 }
 
 fn r7_a_stream_forked_and_united_through_full_rings_goes_on() {
@@ -341,9 +353,12 @@ fn the_smallest_rings_carry_every_kind_of_exchange() {
     }
 }
 
+/// Records of the jobs that grow: 200 MiB of state, should nobody refuse it.
+const GROWTH: u64 = 400_000;
+
 /// State that grows with every record.
 fn growing(flow: &Flow, _: &str) {
-    flow.source("numbers", Generator::new(u64::MAX, |n| n))
+    flow.source("numbers", Generator::new(GROWTH, |n| n))
         .key_by(|n| *n)
         .aggregate(|| [0u64; 64], |sums, n| sums[0] += n, |key, _| *key)
         .name("hoard")
@@ -351,7 +366,7 @@ fn growing(flow: &Flow, _: &str) {
 }
 
 fn growing_window(flow: &Flow, _: &str) {
-    flow.source("numbers", Generator::new(u64::MAX, |n| n))
+    flow.source("numbers", Generator::new(GROWTH, |n| n))
         .key_by(|n| *n)
         .window(tumbling(Duration::from_secs(1)), |_| 0)
         .aggregate(|| [0u64; 64], |sums, n| sums[0] += n, |_, _| (), |key, _, _| *key)
@@ -360,7 +375,7 @@ fn growing_window(flow: &Flow, _: &str) {
 }
 
 fn growing_lists(flow: &Flow, _: &str) {
-    flow.source("numbers", Generator::new(u64::MAX, |n| n))
+    flow.source("numbers", Generator::new(GROWTH, |n| n))
         .key_by(|n| n % 50)
         .process(
             |state| state.list::<[u64; 64]>("all"),
@@ -374,35 +389,39 @@ fn growing_lists(flow: &Flow, _: &str) {
         .for_each(|_| ());
 }
 
-/// Runs a job that grows on a machine that says of itself that it is small: in a mount namespace of its own, its memory
-/// figures and control groups are files of ours. A real control group would need rights over the machine's, and would
-/// answer a mistake here by killing; whether the figures of real ones are read well is for the state crate's tests.
+/// Runs a job that grows under a control group that is full: in a mount namespace of its own, the
+/// control groups that it sees are files of ours. A real group would need rights over the
+/// machine's, and would answer a mistake here by killing; whether the figures of real ones are read
+/// well is for the state crate's tests.
 fn refused_growth(job: &str) {
     let folder = folder();
-    let at = |name: &str| folder.path().join(name);
-    let write = |name: &str, content: String| std::fs::write(at(name), content).expect("room for a file");
-    write("meminfo", "MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\n".into());
-    write("cgroup", "0::/job\n".into());
-    std::fs::create_dir_all(at("groups/job")).expect("room for a folder");
-    write("groups/job/memory.max", format!("{}\n", 256 << 20));
-    // 72 MiB free, of which 64 are kept in reserve.
-    write("groups/job/memory.current", format!("{}\n", 184 << 20));
-    write("groups/job/memory.stat", "inactive_file 0\n".into());
-    let here = text(folder.path());
-    let small = format!(
-        "mount --bind {here}/meminfo /proc/meminfo && mount --bind {here}/groups /sys/fs/cgroup || exit 99; \
-         exec \"$@\""
-    );
-    // The figures do not move, so growth is refused when the budget of one look at them is used up.
-    let ended = Cli::new(job, "").workers(2).under_unshared(&small).run();
-    if ended.code == Some(99) || ended.err.contains("unshare") {
+    let write = |name: &str, bytes: u64| {
+        std::fs::write(folder.path().join(name), format!("{bytes}\n")).expect("room for a file");
+    };
+    // A worker may budget a quarter of what is free beyond the reserve; then it looks again.
+    write("memory.max", 512 << 20);
+    write("memory.current", 100 << 20);
+    let mount =
+        format!("mount --bind {} /sys/fs/cgroup || exit 99; exec \"$@\"", text(folder.path()));
+    let cli = Cli::new(job, "").workers(2).args(["--rate", "100000"]).under_unshared(&mount);
+    let mut started = cli.start();
+    let begun = wait_for("state, or an end", || {
+        let is_over = started.child.try_wait().expect("our own child").is_some();
+        let grown = |pid: u32| status_kib(pid, "RssShmem").is_some_and(|kib| kib > 2048);
+        let has_grown = common::process::workers_of(started.pid()).into_iter().any(grown);
+        (is_over || has_grown).then_some(has_grown)
+    });
+    write("memory.current", 512 << 20);
+    let ended = started.wait();
+    if !begun && (ended.code == Some(99) || ended.err.contains("unshare")) {
         eprintln!("skipped: no mount namespace can be had here ({})", ended.err.trim());
         return;
     }
-    let _ = wait_for("nothing", || Some(Path::new("/")));
     assert_eq!(ended.code, Some(1), "{}", ended.err);
-    assert!(ended.err.contains("operator hoard (worker "), "{}", ended.err);
-    eprintln!("{}", ended.err);
+    let (_, message) = ended.err.split_once(": ").expect("a message");
+    assert!(message.starts_with("operator hoard (worker "), "{message}");
+    assert!(message.contains("/sys/fs/cgroup/") && message.contains("memory.max"), "{message}");
+    assert_eq!(message.lines().count(), 1, "{message}");
 }
 
 fn r12_growth_beyond_free_memory_names_the_operator() {

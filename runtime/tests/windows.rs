@@ -1,5 +1,6 @@
-//! Event time against brute force: every window, every timer and every late record is computed a second time from the
-//! plain list of inputs, whatever the order in which they came, the number of workers, and who was killed.
+//! Event time against brute force: every window, every timer and every late record is computed a
+//! second time from the plain list of inputs, whatever the order in which they came, the number of
+//! workers, and who was killed.
 
 mod common;
 
@@ -127,7 +128,8 @@ fn model(events: impl Iterator<Item = Event>, size: i64, slide: i64, by_key: boo
 fn each_way(job: &str, more: &str, files: usize, check: impl Fn(&[PathBuf], &Ended)) {
     for (workers, kills) in [(1, None), (2, None), (3, None), (2, Some(KILLS))] {
         let folder = folder();
-        let paths: Vec<PathBuf> = (0..files).map(|n| folder.path().join(format!("out-{n}"))).collect();
+        let paths: Vec<PathBuf> =
+            (0..files).map(|n| folder.path().join(format!("out-{n}"))).collect();
         let parameters: Vec<String> = paths.iter().map(|path| text(path)).collect();
         let parameters = format!("{} {more}", parameters.join(" "));
         let mut cli = Cli::new(job, parameters.trim()).workers(workers).args(["--report", "json"]);
@@ -288,7 +290,10 @@ fn texts(flow: &Flow, output: &str) {
             move |into, other: &String| keep(into, other),
             |key, window, greatest| format!("{key}|{}|{greatest}", window.end),
         )
-        .sink("lines", FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())));
+        .sink(
+            "lines",
+            FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())),
+        );
 }
 
 fn accumulators_of_windows_may_be_text() {
@@ -306,10 +311,10 @@ fn accumulators_of_windows_may_be_text() {
     each_way("texts", "", 1, |files, _| assert_eq!(sorted_lines(&files[0]), expected));
 }
 
-/// Some events come from long before everything else. The first of these come when the watermark must have passed them,
-/// however the input was cut into batches.
+/// Some events come from long before everything else. The first of these come when the watermark
+/// must have passed them, however the input was cut into batches.
 fn event_or_straggler(n: u64) -> Event {
-    let is_straggler = n > 10_000 && scramble(n) % 50 == 0;
+    let is_straggler = n > 10_000 && scramble(n).is_multiple_of(50);
     let event = event(n);
     if is_straggler { Event { at: event.at - 15_000, ..event } } else { event }
 }
@@ -329,14 +334,18 @@ fn late(flow: &Flow, parameters: &str) {
             ..*row
         });
     main.sink("rows", rows(fields[0]));
-    side.sink("late", FileSink::new(fields[1], Csv(|event: &Event| (event.at, event.key, event.value))));
+    side.sink(
+        "late",
+        FileSink::new(fields[1], Csv(|event: &Event| (event.at, event.key, event.value))),
+    );
 }
 
 fn every_late_record_leaves_by_the_side() {
     let all = (0..TOTAL).map(event_or_straggler);
     let is_late = |n: &u64| event_or_straggler(*n).at != event(*n).at;
     let stragglers: Vec<Event> = (0..TOTAL).filter(is_late).map(event_or_straggler).collect();
-    let expected = model(all.zip(0..).filter(|(_, n)| !is_late(n)).map(|(event, _)| event), 400, 200, true);
+    let expected =
+        model(all.zip(0..).filter(|(_, n)| !is_late(n)).map(|(event, _)| event), 400, 200, true);
     let mut side: Vec<String> =
         stragglers.iter().map(|e| format!("{},{},{}", e.at, e.key, e.value)).collect();
     side.sort_unstable();
@@ -348,7 +357,8 @@ fn every_late_record_leaves_by_the_side() {
     });
 }
 
-/// Long silence, then a burst at one time, then stragglers for which some windows are over and others not.
+/// Long silence, then a burst at one time, then stragglers for which some windows are over and
+/// others not.
 fn gap(n: u64) -> Event {
     let at = match n {
         0..5000 => n as i64 / 100,
@@ -364,7 +374,9 @@ const GAP_TOTAL: u64 = 15_100;
 fn gap_model(by_key: bool) -> Vec<String> {
     let expected = model((0..GAP_TOTAL).map(gap), 10, 2, by_key);
     // Of the stragglers' five windows three were over, and these had nothing else in them.
-    let is_over = |line: &String| [999_996, 999_998, 1_000_000].iter().any(|end| line.contains(&format!(",{end},")));
+    let is_over = |line: &String| {
+        [999_996, 999_998, 1_000_000].iter().any(|end| line.contains(&format!(",{end},")))
+    };
     expected.into_iter().filter(|line| !is_over(line)).collect()
 }
 
@@ -414,8 +426,10 @@ fn a_window_over_everything_that_the_watermark_has_passed_never_fires_again() {
 fn apart(flow: &Flow, output: &str) {
     let ahead = |n| Event { at: event(n).at + 10_000_000, ..event(n) };
     let bound = Duration::from_millis(BOUND as u64);
-    let left = flow.source("ahead", Generator::new(TOTAL / 2, ahead)).event_time(bound, |event| event.at);
-    let right = flow.source("behind", Generator::new(TOTAL / 2, event)).event_time(bound, |event| event.at);
+    let left =
+        flow.source("ahead", Generator::new(TOTAL / 2, ahead)).event_time(bound, |event| event.at);
+    let right =
+        flow.source("behind", Generator::new(TOTAL / 2, event)).event_time(bound, |event| event.at);
     left.union(right)
         .key_by(|event| event.key)
         .window(tumbling(Duration::from_secs(1)), |event| event.at)
@@ -473,7 +487,8 @@ fn timers_fire_once_and_in_the_order_of_their_times() {
     });
 }
 
-/// Every event moves its key's one timer on: it fires only behind a silence, which comes once in a thousand events.
+/// Every event moves its key's one timer on: it fires only behind a silence, which comes once in a
+/// thousand events.
 fn silent(n: u64) -> Event {
     Event { at: n as i64 + (n / 1000) as i64 * 100_000, key: n % 5, value: n }
 }
@@ -506,7 +521,8 @@ fn a_timer_that_was_taken_back_never_fires() {
     let mut expected: Vec<String> = lasts.map(|e| format!("{},{}", e.at + 50_000, e.key)).collect();
     expected.sort_unstable();
     each_way("timers_moved", "", 1, |files, _| {
-        // A silence that ends in the batch in which it began is none: the watermark is that of the batch.
+        // A silence that ends in the batch in which it began is none: the watermark is that of the
+        // batch.
         let fired = sorted_lines(&files[0]);
         assert!(fired.iter().all(|line| expected.contains(line)), "{fired:?}");
         assert!(fired.windows(2).all(|pair| pair[0] != pair[1]), "a timer fired twice");

@@ -1,11 +1,13 @@
-//! The arena: one reserved range of addresses in which a process maps all segments of its job, each at an
-//! offset that the plan fixed. An offset therefore names the same byte in every process of the job, and in every
-//! incarnation of a worker: the undo log needs no pointers and no segment table.
+//! The arena: one reserved range of addresses in which a process maps all segments of its job, each
+//! at an offset that the plan fixed. An offset therefore names the same byte in every process of
+//! the job, and in every incarnation of a worker: the undo log needs no pointers and no segment
+//! table.
 //!
 //! Invariants:
 //! - what is not mapped is PROT_NONE: a stray access faults, it does not corrupt;
-//! - a ring's data is mapped twice in a row (`map_mirrored`), so any record is contiguous. Only the mirrored pair
-//!   is ever mapped for these bytes (rule R10: every access starts in the first half).
+//! - a ring's data is mapped twice in a row (`map_mirrored`), so any record is contiguous. Only the
+//!   mirrored pair is ever mapped for these bytes (rule R10: every access starts in the first
+//!   half).
 //!
 //! Called by workers and the supervisor while attaching.
 
@@ -29,9 +31,11 @@ pub struct Arena {
     len: usize,
 }
 
-// SAFETY: the arena is a mapping, not tied to a thread; what may be accessed where is the segments' business.
+// SAFETY: the arena is a mapping, not tied to a thread; what may be accessed where is the segments'
+// business.
 unsafe impl Send for Arena {}
-// SAFETY: as above; the methods that change mappings take &self but act on disjoint, page-aligned ranges.
+// SAFETY: as above; the methods that change mappings take &self but act on disjoint, page-aligned
+// ranges.
 unsafe impl Sync for Arena {}
 
 impl Arena {
@@ -79,7 +83,8 @@ impl Arena {
         unsafe { self.base.add(offset) }
     }
 
-    /// Maps `len` bytes of a segment, from `from` on, at arena offset `at`. All three are whole pages.
+    /// Maps `len` bytes of a segment, from `from` on, at arena offset `at`. All three are whole
+    /// pages.
     ///
     /// # Errors
     /// When the kernel refuses the mapping.
@@ -92,14 +97,18 @@ impl Arena {
         access: Access,
     ) -> Result<(), SetupError> {
         assert!(at.is_multiple_of(PAGE) && len.is_multiple_of(PAGE) && from.is_multiple_of(PAGE));
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "mapping outside the arena");
+        assert!(
+            at.checked_add(len).is_some_and(|end| end <= self.len),
+            "mapping outside the arena"
+        );
         let prot = match access {
             Access::Owner => libc::PROT_READ | libc::PROT_WRITE,
             Access::Peer => libc::PROT_READ,
         };
         let offset = libc::off_t::try_from(from)
             .map_err(|_| SetupError::other("offset too large", std::io::ErrorKind::InvalidInput))?;
-        // SAFETY: [at, at + len) lies in our own reservation (checked above); MAP_FIXED replaces only that.
+        // SAFETY: [at, at + len) lies in our own reservation (checked above); MAP_FIXED replaces
+        // only that.
         let got = unsafe {
             libc::mmap(
                 self.base.add(at).cast(),
@@ -119,7 +128,8 @@ impl Arena {
         Ok(())
     }
 
-    /// Maps `len` bytes twice in a row, so that an access that starts in the first half may run over its end.
+    /// Maps `len` bytes twice in a row, so that an access that starts in the first half may run
+    /// over its end.
     ///
     /// # Errors
     /// When the kernel refuses a mapping.
@@ -135,7 +145,8 @@ impl Arena {
         self.map(fd, from, len, at + len, access)
     }
 
-    /// Asks for huge pages on a mapped range. Without effect where the system does not give them for shared memory.
+    /// Asks for huge pages on a mapped range. Without effect where the system does not give them
+    /// for shared memory.
     pub fn advise_huge(&self, at: usize, len: usize) {
         assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
         // SAFETY: advice on our own reservation.

@@ -1,13 +1,17 @@
-//! Cells: named places in a worker's segment for everything that must survive it: positions, offsets, watermarks,
-//! counters, cursors. Private truth: what peers read is published from them after commit.
+//! Cells: named places in a worker's segment for everything that must survive it: positions,
+//! offsets, watermarks, counters, cursors. Private truth: what peers read is published from them
+//! after commit.
 //!
-//! The directory is found by name, so a successor (or a new binary) finds its cells whatever order it asks in.
+//! The directory is found by name, so a successor (or a new binary) finds its cells whatever order
+//! it asks in.
 //!
 //! Invariants:
-//! - the directory's layout is version-stable (R22) and only grows; an entry is complete before the count includes it,
-//!   and all of it goes through the transaction;
-//! - a cell keeps the size that it was created with; asking with another size is an error, not a reinterpretation;
-//! - what a dead process left is checked before it is used: a directory that cannot be true is an error, never a panic.
+//! - the directory's layout is version-stable (R22) and only grows; an entry is complete before the
+//!   count includes it, and all of it goes through the transaction;
+//! - a cell keeps the size that it was created with; asking with another size is an error, not a
+//!   reinterpretation;
+//! - what a dead process left is checked before it is used: a directory that cannot be true is an
+//!   error, never a panic.
 //!
 //! Called while attaching; afterwards a cell is just a [`Place`].
 
@@ -128,7 +132,12 @@ impl Cells {
     ///
     /// # Errors
     /// When it has another size, there is no room, or the directory is damaged.
-    pub fn cell<T: Plain>(self, txn: &mut Txn, name: &str, initial: T) -> Result<Place<T>, CellError> {
+    pub fn cell<T: Plain>(
+        self,
+        txn: &mut Txn,
+        name: &str,
+        initial: T,
+    ) -> Result<Place<T>, CellError> {
         let hash = crate::hash::name_hash(name);
         let bytes = size_of::<T>() as u32;
         let head = txn.get(self.head(txn));
@@ -139,7 +148,11 @@ impl Cells {
             let entry = txn.get(self.entry(txn, index));
             if entry.name == hash {
                 if entry.bytes != bytes {
-                    return Err(CellError::Size { name: name.into(), found: entry.bytes, wanted: bytes });
+                    return Err(CellError::Size {
+                        name: name.into(),
+                        found: entry.bytes,
+                        wanted: bytes,
+                    });
                 }
                 if !Self::holds(head, entry) {
                     return Err(CellError::Damaged);

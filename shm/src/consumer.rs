@@ -179,13 +179,10 @@ impl Consumer {
             if self.tail_seen == self.head {
                 return None;
             }
-            let head = match self.checked_head() {
-                Ok(head) => head,
-                Err(fault) => {
-                    self.quarantine(fault);
-                    return None;
-                }
-            };
+            if !self.check_head() {
+                return None;
+            }
+            let head = self.last;
             self.next = self.head + HEAD + head.bytes;
             let at = (self.head + HEAD) & (self.parts.capacity - 1);
             // SAFETY: the check says that bytes..tail are published and at most a capacity long:
@@ -208,22 +205,27 @@ impl Consumer {
         }
     }
 
-    /// The head word of the next frame, read once and checked. One that equals the last one was
-    /// checked then, but for its length: so frame follows frame without waiting for the words
-    /// between them.
+    /// Reads the head word of the next frame, once, and checks it; what it says is in `last` then.
+    /// A word that equals the last one was checked with that, but for its length: so frame follows
+    /// frame without waiting for the words in between. False after a fault.
     #[inline(always)]
-    fn checked_head(&mut self) -> Result<Head, Fault> {
+    fn check_head(&mut self) -> bool {
         let at = self.head & (self.parts.capacity - 1);
         // SAFETY: masked, 8-aligned, inside the mirrored data; published bytes are no longer
         // written by the producer.
         let word = unsafe { self.parts.data.as_ptr().add(at as usize).cast::<u64>().read() };
         let published = self.tail_seen - self.head;
-        if word == self.last_word && self.last.bytes + HEAD <= published {
-            return Ok(self.last);
+        (word == self.last_word && self.last.bytes + HEAD <= published)
+            || self.check_new(word, published)
+    }
+
+    #[inline(never)]
+    fn check_new(&mut self, word: u64, published: u64) -> bool {
+        match Head::check(word, self.head, published) {
+            Ok(head) => (self.last_word, self.last) = (word, head),
+            Err(fault) => self.quarantine(fault),
         }
-        let head = Head::check(word, self.head, published)?;
-        (self.last_word, self.last) = (word, head);
-        Ok(head)
+        self.fault.is_none()
     }
 
     /// Takes the frame at the head: it must be released by `publish` before the producer reuses it.
@@ -232,11 +234,8 @@ impl Consumer {
         // What `frame` has checked is not read again (R9).
         if self.next > self.head {
             self.head = self.next;
-        } else if self.tail_seen != self.head {
-            match self.checked_head() {
-                Ok(head) => self.head += HEAD + head.bytes,
-                Err(fault) => self.quarantine(fault),
-            }
+        } else if self.tail_seen != self.head && self.check_head() {
+            self.head += HEAD + self.last.bytes;
         }
     }
 

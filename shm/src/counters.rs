@@ -1,7 +1,8 @@
 //! Counters in shared pages: any tool can read a live or a crashed run without asking it anything.
 //!
-//! Each counter is one 128-byte entry {value, label}. Values are cells: changed through the owner's transaction, so a
-//! count never contains what was rolled back (a reader may see the open step's share for a moment).
+//! Each counter is one 128-byte entry {value, label}. Values are cells: changed through the owner's
+//! transaction, so a count never contains what was rolled back (a reader may see the open step's
+//! share for a moment).
 //!
 //! Called by the worker (own page) and by the supervisor (read-only).
 

@@ -1,13 +1,18 @@
-//! Death is a word: robust futexes that the kernel marks when the data thread dies, within microseconds and whatever
-//! the size of its memory; and the claim, by which exactly one successor takes the segment over (R1, R2).
+//! Death is a word: robust futexes that the kernel marks when the data thread dies, within
+//! microseconds and whatever the size of its memory; and the claim, by which exactly one successor
+//! takes the segment over (R1, R2).
 //!
 //! Invariants:
-//! - the list of robust words lies in private memory; only the words are shared, so no pointer is in a segment;
-//! - the claim is robust from the moment of the compare-and-swap on (`list_op_pending` covers the gap);
+//! - the list of robust words lies in private memory; only the words are shared, so no pointer is
+//!   in a segment;
+//! - the claim is robust from the moment of the compare-and-swap on (`list_op_pending` covers the
+//!   gap);
 //! - the kernel wakes one waiter for each word, so each waiter has a word of its own;
-//! - `set_robust_list` replaces the C library's list for this thread: no robust pthread mutex is used on it.
+//! - `set_robust_list` replaces the C library's list for this thread: no robust pthread mutex is
+//!   used on it.
 //!
-//! Called by the worker while attaching, by the supervisor while watching, by producers that ask whether a peer lives.
+//! Called by the worker while attaching, by the supervisor while watching, by producers that ask
+//! whether a peer lives.
 
 use crate::header::{DEATH_WORDS, LineWord, WorkerHeader};
 use crate::primitive::{AtomicU32, Ordering};
@@ -62,8 +67,8 @@ impl std::fmt::Display for ClaimError {
 
 impl std::error::Error for ClaimError {}
 
-/// Takes a worker's segment over: claims it, and from then on the calling thread's death marks all its words.
-/// `between` is called right after the compare-and-swap (a test's kill point).
+/// Takes a worker's segment over: claims it, and from then on the calling thread's death marks all
+/// its words. `between` is called right after the compare-and-swap (a test's kill point).
 ///
 /// # Errors
 /// When another process owns the segment or the kernel has no robust futexes.
@@ -98,9 +103,9 @@ pub fn claim(header: &'static WorkerHeader, between: impl FnOnce()) -> Result<()
         return Err(ClaimError::Owned(claim.load(Ordering::Acquire) & TID_MASK));
     }
     between();
-    // Linked first: the kernel passes over words that do not name this thread, and no word that does is ever unlinked.
-    // The claim comes first: whoever sees a death word marked finds the claim free, however long the dying thread is
-    // kept from going on between the two.
+    // Linked first: the kernel passes over words that do not name this thread, and no word that
+    // does is ever unlinked. The claim comes first: whoever sees a death word marked finds the
+    // claim free, however long the dying thread is kept from going on between the two.
     for index in 0..WORDS {
         let next = match index {
             DEATH_WORDS => first,
@@ -121,7 +126,8 @@ pub fn claim(header: &'static WorkerHeader, between: impl FnOnce()) -> Result<()
     Ok(())
 }
 
-/// Gives the segment up in good order, so that a waiter does not take the thread's exit for a death.
+/// Gives the segment up in good order, so that a waiter does not take the thread's exit for a
+/// death.
 pub fn release(header: &WorkerHeader) {
     for word in &header.death {
         word.word.store(0, Ordering::Release);

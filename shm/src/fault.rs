@@ -1,6 +1,7 @@
 //! What can be wrong with memory that another process wrote, or with what the kernel gave us.
 //!
-//! A fault is a value, never a panic: the edge that shows it is quarantined by the caller (rule R9).
+//! A fault is a value, never a panic: the edge that shows it is quarantined by the caller (rule
+//! R9).
 
 use std::fmt;
 
@@ -61,15 +62,13 @@ pub enum Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Fault::Position { found, own, capacity } => write!(
-                f,
-                "position {found} cannot follow {own} in a ring of {capacity} bytes"
-            ),
+            Fault::Position { found, own, capacity } => {
+                write!(f, "position {found} cannot follow {own} in a ring of {capacity} bytes")
+            }
             Fault::Kind { found, at } => write!(f, "frame at {at} has unknown kind {found}"),
-            Fault::FrameBytes { found, published, at } => write!(
-                f,
-                "frame at {at} claims {found} bytes where {published} are published"
-            ),
+            Fault::FrameBytes { found, published, at } => {
+                write!(f, "frame at {at} claims {found} bytes where {published} are published")
+            }
             Fault::Count { found, bytes, at } => {
                 write!(f, "frame at {at} claims {found} records in {bytes} bytes")
             }

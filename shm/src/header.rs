@@ -1,7 +1,9 @@
-//! The first page of a worker's segment: who it is, whether it lives, what wakes it. Peers map it read-only.
+//! The first page of a worker's segment: who it is, whether it lives, what wakes it. Peers map it
+//! read-only.
 //!
-//! Invariants: `#[repr(C)]`, version-stable, checked before use; each group of words that another process polls stands
-//! on a line pair of its own; only the owner writes, but for the kernel, which marks the death words.
+//! Invariants: `#[repr(C)]`, version-stable, checked before use; each group of words that another
+//! process polls stands on a line pair of its own; only the owner writes, but for the kernel, which
+//! marks the death words.
 //!
 //! Called by `death`, `wait`, the worker and the supervisor.
 
@@ -141,7 +143,8 @@ pub struct ControlHeader {
     pub supervisor: AtomicU32,
     reserved: u32,
     reserved_words: [u64; 12],
-    /// The control word: epoch and routing version (R5, R19), the drain and stop bits of [`control`].
+    /// The control word: epoch and routing version (R5, R19), the drain and stop bits of
+    /// [`control`].
     pub control: AtomicU64,
     control_line: [u64; 15],
     /// Bumped and woken when the control word changed or the supervisor published something.
@@ -171,8 +174,9 @@ pub mod control {
 /// Views a page as a header.
 ///
 /// # Safety
-/// `at` is the page-aligned start of a mapped page that stays mapped for `'static` (the arena is never unmapped while
-/// its process works), holding a `T` whose fields are all atomics or reserved words.
+/// `at` is the page-aligned start of a mapped page that stays mapped for `'static` (the arena is
+/// never unmapped while its process works), holding a `T` whose fields are all atomics or reserved
+/// words.
 #[must_use]
 pub unsafe fn at<T>(at: *mut u8) -> &'static T {
     // SAFETY: promised by the caller.

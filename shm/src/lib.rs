@@ -1,4 +1,5 @@
-//! Bytes that two processes share. Knows segments, rings and transactions; knows no job, no operator, no key.
+//! Bytes that two processes share. Knows segments, rings and transactions; knows no job, no
+//! operator, no key.
 //!
 //! The modules stand in the order in which a byte meets them.
 

@@ -1,7 +1,7 @@
 //! The only door to atomics and fences: the standard library's, or loom's under `--cfg loom`.
 //!
-//! Everything lock-free in Testudo goes through these names (a test forbids the others), so that the
-//! protocols of `ring` and `wait` can be run under a model checker unchanged.
+//! Everything lock-free in Testudo goes through these names (a test forbids the others), so that
+//! the protocols of `ring` and `wait` can be run under a model checker unchanged.
 
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
@@ -20,7 +20,8 @@ pub fn spin_hint() {
     std::hint::spin_loop();
 }
 
-/// Asks for the cache line at `at` ahead of its use. Any address is allowed: a prefetch never faults.
+/// Asks for the cache line at `at` ahead of its use. Any address is allowed: a prefetch never
+/// faults.
 #[inline(always)]
 pub fn prefetch(at: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(miri)))]

@@ -204,7 +204,8 @@ impl<'a, T: Record> Batch<'a, T> {
         Ok(Self { bytes, count, of: std::marker::PhantomData })
     }
 
-    /// A batch of plain records in ordinary memory; `None` for archived ones, or where memory is aligned for less.
+    /// A batch of plain records in ordinary memory; `None` for archived ones, or where memory is
+    /// aligned for less.
     #[inline(always)]
     #[must_use]
     pub fn of_values(values: &'a [T]) -> Option<Self> {

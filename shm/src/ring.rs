@@ -3,12 +3,12 @@
 //! ```text
 //!   tail word    producer's segment    written by the producer, on a cache line pair of its own
 //!   head words   consumer's segments   one by the consumer, one (optional) by its replica
-//!   data         producer's segment    mapped twice in a row; the producer writes in [tail, lowest head + capacity)
+//!   data         producer's segment    mapped twice in a row; written in [tail, head + capacity)
 //! ```
 //!
-//! Invariants: one writer for each part; positions only grow; capacity is a power of two and a whole number of pages;
-//! geometry comes from the plan, never from shared memory. Either end may be a process that is no worker.
-//! Called by whoever attaches: workers and the supervisor.
+//! Invariants: one writer for each part; positions only grow; capacity is a power of two and a
+//! whole number of pages; geometry comes from the plan, never from shared memory. Either end may be
+//! a process that is no worker. Called by whoever attaches: workers and the supervisor.
 
 use crate::primitive::AtomicU64;
 use std::ptr::NonNull;
@@ -27,7 +27,8 @@ pub struct RingParts {
     pub tail: NonNull<AtomicU64>,
     /// The consumer's published head.
     pub head: NonNull<AtomicU64>,
-    /// The head of the consumer's replica, where there is one: the producer respects the lower of the two.
+    /// The head of the consumer's replica, where there is one: the producer respects the lower of
+    /// the two.
     pub replica_head: Option<NonNull<AtomicU64>>,
 }
 
@@ -35,9 +36,16 @@ impl RingParts {
     /// Finds the parts from their offsets.
     ///
     /// # Safety
-    /// All offsets lie in mapped parts of the arena that starts at `base`, words 8-aligned; `data` is mapped mirrored.
+    /// All offsets lie in mapped parts of the arena that starts at `base`, words 8-aligned; `data`
+    /// is mapped mirrored.
     #[must_use]
-    pub unsafe fn at(base: *mut u8, data: usize, capacity: usize, tail: usize, head: usize) -> Self {
+    pub unsafe fn at(
+        base: *mut u8,
+        data: usize,
+        capacity: usize,
+        tail: usize,
+        head: usize,
+    ) -> Self {
         assert!(capacity.is_power_of_two() && capacity >= 4096, "ring capacity {capacity}");
         // SAFETY: promised by the caller; none of the results is null inside a mapping.
         unsafe {

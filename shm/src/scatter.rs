@@ -1,10 +1,12 @@
-//! Scatter: one stream of records written in place into several destinations, without a branch per destination.
+//! Scatter: one stream of records written in place into several destinations, without a branch per
+//! destination.
 //!
-//! Each lane is a run of reserved bytes: in a ring, or in a private buffer for the destination in the same process.
-//! A push writes at the lane's cursor and moves it. Frames are closed at the end of the batch (R6).
+//! Each lane is a run of reserved bytes: in a ring, or in a private buffer for the destination in
+//! the same process. A push writes at the lane's cursor and moves it. Frames are closed at the end
+//! of the batch (R6).
 //!
-//! Invariants: a lane's cursor never passes its end; lanes are only open between `begin` and `end` of one batch, while
-//! nothing else touches their producers.
+//! Invariants: a lane's cursor never passes its end; lanes are only open between `begin` and `end`
+//! of one batch, while nothing else touches their producers.
 //!
 //! Called by the exchange.
 
@@ -39,7 +41,11 @@ impl<T: Record> Scatter<T> {
     /// `lanes` destinations, all closed: nothing fits into them.
     #[must_use]
     pub fn new(lanes: usize) -> Self {
-        Self { lanes: vec![CLOSED; lanes], buffers: vec![Vec::new(); lanes], of: std::marker::PhantomData }
+        Self {
+            lanes: vec![CLOSED; lanes],
+            buffers: vec![Vec::new(); lanes],
+            of: std::marker::PhantomData,
+        }
     }
 
     /// Opens a lane on a private buffer of `bytes`, for the destination in this process.
@@ -52,8 +58,9 @@ impl<T: Record> Scatter<T> {
         self.lanes[lane] = Lane { cursor: start, start, end: start.wrapping_add(bytes), count: 0 };
     }
 
-    /// Opens a lane in place in a ring, for up to `bytes` (what the ring has, when that is less). Until
-    /// [`Scatter::close_ring`] nothing else may be sent on this producer, or the frame is garbage.
+    /// Opens a lane in place in a ring, for up to `bytes` (what the ring has, when that is less).
+    /// Until [`Scatter::close_ring`] nothing else may be sent on this producer, or the frame is
+    /// garbage.
     pub fn open_ring(&mut self, lane: usize, producer: &mut Producer, bytes: usize) {
         let bytes = producer.room(bytes).min(bytes) & !7;
         let start = producer.open(bytes).as_ptr();
@@ -67,10 +74,14 @@ impl<T: Record> Scatter<T> {
         push_to(&mut self.lanes[lane], item)
     }
 
-    /// Appends the items of a batch, each to the lane that `lane_of` gives, up to the first that does not fit. Returns
-    /// how many were appended.
+    /// Appends the items of a batch, each to the lane that `lane_of` gives, up to the first that
+    /// does not fit. Returns how many were appended.
     #[inline(always)]
-    pub fn push_all(&mut self, batch: Batch<'_, T>, mut lane_of: impl FnMut(Item<'_, T>) -> usize) -> usize {
+    pub fn push_all(
+        &mut self,
+        batch: Batch<'_, T>,
+        mut lane_of: impl FnMut(Item<'_, T>) -> usize,
+    ) -> usize {
         let lanes = self.lanes.as_mut_slice();
         for (index, item) in batch.iter().enumerate() {
             if !push_to(&mut lanes[lane_of(item)], item) {
@@ -86,12 +97,14 @@ impl<T: Record> Scatter<T> {
     pub fn push_value(&mut self, lane: usize, value: &T) -> bool {
         let lane = &mut self.lanes[lane];
         let left = lane.end.addr() - lane.cursor.addr();
-        // SAFETY: cursor..end was reserved by `open_*` and nothing else touches it while the lane is open.
+        // SAFETY: cursor..end was reserved by `open_*` and nothing else touches it while the lane
+        // is open.
         let space = unsafe { free_bytes(lane, left) };
         value.put(space).is_some_and(|used| lane.advance(used))
     }
 
-    /// Closes a lane that was opened in a ring: what was pushed becomes a frame. Returns the number of records.
+    /// Closes a lane that was opened in a ring: what was pushed becomes a frame. Returns the number
+    /// of records.
     pub fn close_ring(&mut self, lane: usize, producer: &mut Producer) -> usize {
         let (bytes, count) = self.lanes[lane].extent::<T>();
         producer.close(bytes, count);
@@ -124,12 +137,14 @@ fn push_to<T: Record>(lane: &mut Lane, item: Item<'_, T>) -> bool {
             return false;
         }
         let from = std::ptr::from_ref(item.view).cast::<u8>();
-        // SAFETY: the lane has room for `size` bytes, and a plain record's view is exactly that many.
+        // SAFETY: the lane has room for `size` bytes, and a plain record's view is exactly that
+        // many.
         unsafe { std::ptr::copy_nonoverlapping(from, lane.cursor, size) };
         lane.cursor = lane.cursor.wrapping_add(size);
         return true;
     }
-    // SAFETY: cursor..end was reserved by `open_*` and nothing else touches it while the lane is open.
+    // SAFETY: cursor..end was reserved by `open_*` and nothing else touches it while the lane is
+    // open.
     let space = unsafe { free_bytes(lane, left) };
     T::put_item(item, space).is_some_and(|used| lane.advance(used))
 }

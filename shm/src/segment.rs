@@ -1,8 +1,10 @@
-//! A segment: one sealed, anonymous memfd. One process maps it writable, its peers map it read-only.
+//! A segment: one sealed, anonymous memfd. One process maps it writable, its peers map it
+//! read-only.
 //!
 //! Invariants:
-//! - sealed against shrinking, growing and further sealing, and not executable, before anyone else sees it;
-//!   a receiver checks the seals and the size (`Segment::adopt`), so no peer can make it take SIGBUS by truncation;
+//! - sealed against shrinking, growing and further sealing, and not executable, before anyone else
+//!   sees it; a receiver checks the seals and the size (`Segment::adopt`), so no peer can make it
+//!   take SIGBUS by truncation;
 //! - no name in the file system: nothing is left behind by any crash;
 //! - `read_only()` gives a descriptor that cannot be mapped writable.
 //!
@@ -32,7 +34,8 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Creates a sparse segment of `len` bytes (a multiple of [`PAGE`]). Untouched pages cost nothing.
+    /// Creates a sparse segment of `len` bytes (a multiple of [`PAGE`]). Untouched pages cost
+    /// nothing.
     ///
     /// # Errors
     /// When the kernel refuses the memfd, its size or its seals.
@@ -52,8 +55,9 @@ impl Segment {
         }
         // SAFETY: raw was just returned by the kernel and is owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        let size = libc::off_t::try_from(len)
-            .map_err(|_| SetupError::other("segment too large", std::io::ErrorKind::InvalidInput))?;
+        let size = libc::off_t::try_from(len).map_err(|_| {
+            SetupError::other("segment too large", std::io::ErrorKind::InvalidInput)
+        })?;
         // SAFETY: plain system call on our own descriptor.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } != 0 {
             return Err(SetupError::last(format!("cannot give segment {name} {len} bytes")));
@@ -95,7 +99,8 @@ impl Segment {
     /// # Errors
     /// When `/proc` is not mounted or the descriptor limit is reached.
     pub fn read_only(&self) -> Result<OwnedFd, SetupError> {
-        let path = CString::new(format!("/proc/self/fd/{}", self.fd.as_raw_fd())).unwrap_or_default();
+        let path =
+            CString::new(format!("/proc/self/fd/{}", self.fd.as_raw_fd())).unwrap_or_default();
         // SAFETY: path is a NUL-terminated string that outlives the call.
         let raw = unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) };
         if raw < 0 {

@@ -1,12 +1,13 @@
 //! The spill: where records go that one input record emitted beyond the free space of a ring (R7).
 //!
-//! A run of records in batch form, in the worker's own segment: [head, tail) of a sparse area. It is filled within one
-//! step and drained by the following ones; until it is empty its edge takes nothing else, so order is kept and the area
-//! never wraps. Head and tail are cells, so the spill belongs to the transaction (and to a cut).
+//! A run of records in batch form, in the worker's own segment: [head, tail) of a sparse area. It
+//! is filled within one step and drained by the following ones; until it is empty its edge takes
+//! nothing else, so order is kept and the area never wraps. Head and tail are cells, so the spill
+//! belongs to the transaction (and to a cut).
 //!
-//! Invariants: bytes at and after the committed tail are free, so they are written without undo; positions are reset to
-//! zero only when the area is empty; what lies below the tail is used again, and its pages are given back, only after
-//! that reset is committed (R12).
+//! Invariants: bytes at and after the committed tail are free, so they are written without undo;
+//! positions are reset to zero only when the area is empty; what lies below the tail is used again,
+//! and its pages are given back, only after that reset is committed (R12).
 //!
 //! Called by the exchange's outlets.
 
@@ -26,8 +27,8 @@ pub struct Spill {
     head: Place<u64>,
     tail: Place<u64>,
     high_water: u64,
-    /// The transaction that last emptied the area, and how far it was filled then: until that commits, a rollback brings
-    /// the bytes below back.
+    /// The transaction that last emptied the area, and how far it was filled then: until that
+    /// commits, a rollback brings the bytes below back.
     emptied: Option<u64>,
     floor: u64,
 }
@@ -43,7 +44,8 @@ impl Spill {
     /// Opens the spill called `name` on `base..base + len`.
     ///
     /// # Safety
-    /// The area is mapped writable by this process until it ends, 8-aligned, inside the arena, used by nothing else.
+    /// The area is mapped writable by this process until it ends, 8-aligned, inside the arena, used
+    /// by nothing else.
     ///
     /// # Errors
     /// When the cells cannot be opened.
@@ -99,18 +101,22 @@ impl Spill {
         Ok(())
     }
 
-    /// Where an empty area may be written: not where a rollback of the open transaction would bring bytes back.
+    /// Where an empty area may be written: not where a rollback of the open transaction would bring
+    /// bytes back.
     fn first_free(&self, txn: &Txn) -> u64 {
         if self.emptied == Some(txn.serial()) { self.floor } else { 0 }
     }
 
-    /// Up to `limit` of the oldest records (at least one, if there is any), with their bytes for [`Spill::drained`].
+    /// Up to `limit` of the oldest records (at least one, if there is any), with their bytes for
+    /// [`Spill::drained`].
     #[must_use]
     pub fn front<T: Record>(&self, txn: &Txn, limit: usize) -> Batch<'_, T> {
         let (head, tail) = (txn.get(self.head), txn.get(self.tail));
-        // SAFETY: head..tail holds records in batch form, written by `push` and not written again before the reset.
+        // SAFETY: head..tail holds records in batch form, written by `push` and not written again
+        // before the reset.
         unsafe {
-            let all = std::slice::from_raw_parts(self.base.add(head as usize), (tail - head) as usize);
+            let all =
+                std::slice::from_raw_parts(self.base.add(head as usize), (tail - head) as usize);
             let (mut rest, mut count) = (all, 0);
             while count < limit.max(1) && !rest.is_empty() {
                 T::take_trusted(&mut rest);

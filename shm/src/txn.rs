@@ -1,18 +1,20 @@
 //! The transaction: one undo log per worker, through which every change of shared state goes.
 //!
-//! A step writes old bytes to the log, then bumps the log's length, then stores the new bytes. Commit is one store:
-//! length 0. After a process crash all retired stores are in memory, so program order is all that is needed, and no
-//! cache flush: the successor walks the log backwards and puts the old bytes back.
+//! A step writes old bytes to the log, then bumps the log's length, then stores the new bytes.
+//! Commit is one store: length 0. After a process crash all retired stores are in memory, so
+//! program order is all that is needed, and no cache flush: the successor walks the log backwards
+//! and puts the old bytes back.
 //!
 //! Invariants (rule R11):
-//! - the length is an atomic with compiler fences on *both* sides of each bump and of the commit, because a release
-//!   store does not keep later stores from moving up;
-//! - rollback never consumes the log: it restores, then zeroes the length last; a crash in it just repeats it;
+//! - the length is an atomic with compiler fences on *both* sides of each bump and of the commit,
+//!   because a release store does not keep later stores from moving up;
+//! - rollback never consumes the log: it restores, then zeroes the length last; a crash in it just
+//!   repeats it;
 //! - only the length commits, however long the log has become;
 //! - an entry can be walked from its end: `[old bytes, padded to 8][offset << 16 | bytes]`.
 //!
-//! Every write to state passes `log` (undone on rollback) or `fresh` (to memory that nothing committed refers to):
-//! these two are the hook at which checkpoints learn what changed.
+//! Every write to state passes `log` (undone on rollback) or `fresh` (to memory that nothing
+//! committed refers to): these two are the hook at which checkpoints learn what changed.
 //!
 //! Called by `cell`, by the tables of the state crate and by the worker's step.
 
@@ -76,14 +78,25 @@ impl<T> Place<T> {
 }
 
 impl Txn {
-    /// A transaction on `base..base + arena_len` whose log is at `log`: 64 bytes of root, then the entries.
+    /// A transaction on `base..base + arena_len` whose log is at `log`: 64 bytes of root, then the
+    /// entries.
     ///
     /// # Safety
-    /// `log..log + log_len` is mapped writable by this process alone, 8-aligned, and lives as long as `self`; every
-    /// pointer later given to `log`, `set` and the like lies in `base..base + arena_len`.
+    /// `log..log + log_len` is mapped writable by this process alone, 8-aligned, and lives as long
+    /// as `self`; every pointer later given to `log`, `set` and the like lies in `base..base +
+    /// arena_len`.
     #[must_use]
-    pub unsafe fn attach(base: *mut u8, arena_len: usize, log: *mut u8, log_len: usize, soft_limit: usize) -> Self {
-        assert!(log_len > 64 && log.addr().is_multiple_of(8), "a log has a root line and room for entries");
+    pub unsafe fn attach(
+        base: *mut u8,
+        arena_len: usize,
+        log: *mut u8,
+        log_len: usize,
+        soft_limit: usize,
+    ) -> Self {
+        assert!(
+            log_len > 64 && log.addr().is_multiple_of(8),
+            "a log has a root line and room for entries"
+        );
         // SAFETY: the caller promises that log..log + log_len is ours.
         let (root, entries) = unsafe {
             (NonNull::new_unchecked(log.cast::<AtomicU64>()), NonNull::new_unchecked(log.add(64)))
@@ -104,13 +117,15 @@ impl Txn {
         txn
     }
 
-    /// A transaction over ordinary memory, for tests and examples: the first `log_words` words hold the log.
+    /// A transaction over ordinary memory, for tests and examples: the first `log_words` words hold
+    /// the log.
     #[must_use]
     pub fn on_heap(memory: &mut [u64], log_words: usize) -> Self {
         let len = std::mem::size_of_val(memory);
         let base = memory.as_mut_ptr().cast::<u8>();
         assert!(log_words * 8 < len);
-        // SAFETY: the slice is exclusively borrowed now; tests keep it alive and untouched as long as the result.
+        // SAFETY: the slice is exclusively borrowed now; tests keep it alive and untouched as long
+        // as the result.
         unsafe { Self::attach(base, len, base, log_words * 8, log_words * 4) }
     }
 
@@ -133,14 +148,16 @@ impl Txn {
         self.len
     }
 
-    /// Number of the open transaction, in this process: tells what was changed in it from what is committed.
+    /// Number of the open transaction, in this process: tells what was changed in it from what is
+    /// committed.
     #[inline(always)]
     #[must_use]
     pub fn serial(&self) -> u64 {
         self.serial
     }
 
-    /// True when the step should end at the next record boundary: three quarters of the log's normal size are used.
+    /// True when the step should end at the next record boundary: three quarters of the log's
+    /// normal size are used.
     #[inline(always)]
     #[must_use]
     pub fn is_nearly_full(&self) -> bool {
@@ -163,7 +180,8 @@ impl Txn {
     #[inline(always)]
     #[must_use]
     pub fn get<T: Plain>(&self, place: Place<T>) -> T {
-        // SAFETY: `place` checked bounds and alignment; this process is the only writer, so no store races.
+        // SAFETY: `place` checked bounds and alignment; this process is the only writer, so no
+        // store races.
         unsafe { self.base.as_ptr().add(place.offset as usize).cast::<T>().read() }
     }
 
@@ -210,7 +228,8 @@ impl Txn {
             self.overflow(next);
         }
         let offset = at.addr() as u64 - self.base.addr().get() as u64;
-        // SAFETY: next <= capacity, so the entry lies inside the log; `at` is valid by the caller's promise.
+        // SAFETY: next <= capacity, so the entry lies inside the log; `at` is valid by the caller's
+        // promise.
         unsafe {
             let entry = self.entries.as_ptr().add(self.len as usize);
             std::ptr::copy_nonoverlapping(at, entry, bytes);
@@ -222,8 +241,9 @@ impl Txn {
         compiler_fence(Ordering::SeqCst);
     }
 
-    /// Begins a run of up to `entries` log entries of `bytes` each, which come into force together: one bump of the
-    /// length for all of them. `None` when the log has no room for that many, or they are too long.
+    /// Begins a run of up to `entries` log entries of `bytes` each, which come into force together:
+    /// one bump of the length for all of them. `None` when the log has no room for that many, or
+    /// they are too long.
     #[inline(always)]
     pub fn run(&mut self, entries: usize, bytes: usize) -> Option<LogRun<'_>> {
         let need = entries as u64 * (((bytes + 7) & !7) as u64 + 8);
@@ -232,7 +252,13 @@ impl Txn {
         }
         // SAFETY: len <= capacity, so the place is inside the log.
         let cursor = unsafe { self.entries.as_ptr().add(self.len as usize) };
-        Some(LogRun { base: self.base.addr().get() as u64, cursor, bytes, left: entries, txn: self })
+        Some(LogRun {
+            base: self.base.addr().get() as u64,
+            cursor,
+            bytes,
+            left: entries,
+            txn: self,
+        })
     }
 
     #[cold]
@@ -246,8 +272,8 @@ impl Txn {
         }
     }
 
-    /// Says that memory which nothing committed refers to is about to be written: no undo is needed (rule R12 keeps
-    /// freed memory out of here until its freeing is committed).
+    /// Says that memory which nothing committed refers to is about to be written: no undo is needed
+    /// (rule R12 keeps freed memory out of here until its freeing is committed).
     ///
     /// # Safety
     /// `at..at + bytes` is inside the arena and mapped writable by this process.
@@ -260,7 +286,8 @@ impl Txn {
     fn overflow(&self, need: u64) -> ! {
         // No unwinding: a half-done step must never be committed by a destructor (R11).
         eprintln!(
-            "testudo: one record changed more state than the undo log holds ({need} bytes, limit {}); \
+            "testudo: one record changed more state than the undo log holds \
+             ({need} bytes, limit {}); \
              split the change over several records",
             self.capacity
         );
@@ -284,11 +311,12 @@ impl Txn {
         from < log + 64 + self.capacity && log < from + bytes
     }
 
-    /// Puts back everything since the last commit, newest first, then empties the log. Idempotent: a crash anywhere in
-    /// here leaves a log that can be rolled back again.
+    /// Puts back everything since the last commit, newest first, then empties the log. Idempotent:
+    /// a crash anywhere in here leaves a log that can be rolled back again.
     ///
-    /// Returns the number of entries undone. An entry that points outside the arena or into the log (the memory was
-    /// damaged by what killed the process) ends the walk with `Err` and leaves the log as it is.
+    /// Returns the number of entries undone. An entry that points outside the arena or into the log
+    /// (the memory was damaged by what killed the process) ends the walk with `Err` and leaves the
+    /// log as it is.
     ///
     /// # Errors
     /// The offending header word.
@@ -307,14 +335,16 @@ impl Txn {
         }
         let mut undone = 0;
         while at > 0 {
-            // SAFETY: 8 <= at <= capacity, and `at` is the end of an entry, where its header word stands.
+            // SAFETY: 8 <= at <= capacity, and `at` is the end of an entry, where its header word
+            // stands.
             let head = unsafe { self.entries.as_ptr().add(at as usize - 8).cast::<u64>().read() };
             let (offset, bytes) = (head >> 16, head & 0xFFFF);
             let padded = (bytes + 7) & !7;
             if offset + bytes > self.arena_len || padded + 8 > at || self.is_log(offset, bytes) {
                 return Err(head);
             }
-            // SAFETY: both ranges were checked; the entry was made from a writable range of this worker.
+            // SAFETY: both ranges were checked; the entry was made from a writable range of this
+            // worker.
             unsafe {
                 let old = self.entries.as_ptr().add((at - 8 - padded) as usize);
                 let place = self.base.as_ptr().add(offset as usize);
@@ -333,8 +363,8 @@ impl Txn {
     }
 }
 
-/// A run of log entries that is being written. Several entries for the same place are right as long as nothing is
-/// stored between them: rollback ends with the oldest.
+/// A run of log entries that is being written. Several entries for the same place are right as long
+/// as nothing is stored between them: rollback ends with the oldest.
 #[derive(Debug)]
 pub struct LogRun<'a> {
     txn: &'a mut Txn,

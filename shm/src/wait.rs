@@ -1,4 +1,5 @@
-//! Sleeping and waking: bells that are bumped by whoever publishes, and waited on by whoever has nothing to do (R8).
+//! Sleeping and waking: bells that are bumped by whoever publishes, and waited on by whoever has
+//! nothing to do (R8).
 //!
 //! ```text
 //!   sleeper                                  waker
@@ -10,12 +11,13 @@
 //!   sleeping = 0
 //! ```
 //!
-//! Either the waker's fence comes first and the sleeper's second look sees what was published, or the sleeper's comes
-//! first and the waker sees its flag; the bell's value closes the gap before the system call. Each bell lies in the
-//! waker's own segment: peers wait on it through a read-only mapping.
+//! Either the waker's fence comes first and the sleeper's second look sees what was published, or
+//! the sleeper's comes first and the waker sees its flag; the bell's value closes the gap before
+//! the system call. Each bell lies in the waker's own segment: peers wait on it through a read-only
+//! mapping.
 //!
-//! Where the kernel has no futex_waitv, or there are more than [`FUTEX_WAITV_MAX`] words, an eventfd for each sleeper
-//! does the same (`Sleeper::Event`).
+//! Where the kernel has no futex_waitv, or there are more than [`FUTEX_WAITV_MAX`] words, an
+//! eventfd for each sleeper does the same (`Sleeper::Event`).
 //!
 //! Called by the worker's loop and the supervisor's ring thread.
 
@@ -46,7 +48,8 @@ pub struct WaitWord<'a> {
     pub value: u32,
 }
 
-/// Sleeps until one of the words differs from its value, is woken, or `timeout` passes. May wake early.
+/// Sleeps until one of the words differs from its value, is woken, or `timeout` passes. May wake
+/// early.
 pub fn wait_any(words: &[WaitWord<'_>], timeout: Option<Duration>) {
     let mut list = [WaitV { value: 0, address: 0, flags: 0, reserved: 0 }; FUTEX_WAITV_MAX];
     let count = words.len().min(FUTEX_WAITV_MAX);
@@ -65,7 +68,8 @@ pub fn wait_any(words: &[WaitWord<'_>], timeout: Option<Duration>) {
         now
     });
     let limit = deadline.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-    // SAFETY: the list and the deadline live through the call; the words are borrowed, so they stay mapped.
+    // SAFETY: the list and the deadline live through the call; the words are borrowed, so they stay
+    // mapped.
     unsafe {
         libc::syscall(libc::SYS_futex_waitv, list.as_ptr(), count, 0, limit, libc::CLOCK_MONOTONIC);
     }
@@ -76,7 +80,14 @@ pub fn wait_any(words: &[WaitWord<'_>], timeout: Option<Duration>) {
 pub fn has_wait_any() -> bool {
     // SAFETY: with a count of zero the call only says whether it exists (EINVAL) or not (ENOSYS).
     let done = unsafe {
-        libc::syscall(libc::SYS_futex_waitv, std::ptr::null::<WaitV>(), 0, 0, std::ptr::null::<u8>(), 0)
+        libc::syscall(
+            libc::SYS_futex_waitv,
+            std::ptr::null::<WaitV>(),
+            0,
+            0,
+            std::ptr::null::<u8>(),
+            0,
+        )
     };
     done >= 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS)
 }
@@ -89,7 +100,8 @@ pub fn wake_all(word: &AtomicU32) {
     }
 }
 
-/// The sleeper's half: announces the sleep. The caller looks again afterwards, and sleeps only if there is nothing.
+/// The sleeper's half: announces the sleep. The caller looks again afterwards, and sleeps only if
+/// there is nothing.
 #[inline]
 pub fn announce(sleeping: &AtomicU32) {
     sleeping.store(1, Ordering::Relaxed);
@@ -103,7 +115,8 @@ pub fn awake(sleeping: &AtomicU32) {
     sleeping.store(0, Ordering::Release);
 }
 
-/// The waker's fence, once per step after publishing; then [`must_wake`] for each peer that was published to.
+/// The waker's fence, once per step after publishing; then [`must_wake`] for each peer that was
+/// published to.
 #[inline(always)]
 pub fn publish_fence() {
     // SYNC sleep: pairs with the fence in `announce`.
@@ -123,10 +136,12 @@ pub fn ring_bell(bell: &AtomicU32) {
     wake_all(bell);
 }
 
-/// Sleeps on an eventfd (the fallback): until a peer writes to it or `timeout` passes; then empties it.
+/// Sleeps on an eventfd (the fallback): until a peer writes to it or `timeout` passes; then empties
+/// it.
 pub fn wait_event(event: RawFd, timeout: Option<Duration>) {
     let mut poll = libc::pollfd { fd: event, events: libc::POLLIN, revents: 0 };
-    let millis = timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
+    let millis =
+        timeout.map_or(-1, |t| i32::try_from(t.as_micros().div_ceil(1000)).unwrap_or(i32::MAX));
     let mut count = 0u64;
     // SAFETY: poll and count are valid places; the descriptor is ours, non-blocking.
     unsafe {

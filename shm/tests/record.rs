@@ -231,7 +231,8 @@ fn read_all(range: &Range<*const u8>, view: &ArchivedMessage) {
 
 /// Walks a batch that is not validated.
 fn walk<T: Record>(bytes: &[u8], count: usize) -> Result<Batch<'_, T>, Fault> {
-    // SAFETY: contents are read by the caller only where this program wrote them; prefixes may be anything.
+    // SAFETY: contents are read by the caller only where this program wrote them; prefixes may be
+    // anything.
     unsafe { Batch::<T>::unvalidated(bytes, count, 0) }
 }
 

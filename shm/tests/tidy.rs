@@ -1,6 +1,6 @@
 //! House rules that neither the compiler nor clippy checks, for every crate of the workspace: each
-//! file says what it is, nothing is left half done, each unsafe block says why it is sound, and each
-//! pair of synchronising accesses is named on both sides.
+//! file says what it is, nothing is left half done, each unsafe block says why it is sound, and
+//! each pair of synchronising accesses is named on both sides.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -3,8 +3,8 @@
 //!
 //! The tests run one after the other on the only thread, so each may fork. "At every instruction"
 //! means that the dying process is stepped through one by one with ptrace, and what it leaves is
-//! looked at after each: a SIGKILL there would leave exactly that. Where ptrace is not allowed these
-//! are shown as ignored.
+//! looked at after each: a SIGKILL there would leave exactly that. Where ptrace is not allowed
+//! these are shown as ignored.
 //!
 //! Promises: R1 (death is a word), R2 (one successor), R6 (the published prefix), R8 (no wake is
 //! lost), R11 (a step is whole or gone, wherever the process dies, in a rollback too).

@@ -1,7 +1,7 @@
 //! One cache line of a table, compared at once: which of its four slots holds an eight-byte key?
 //!
-//! Pure arithmetic on 64 readable bytes: four slots `{key: u64, value: u64}`. Called by `slots` for the
-//! table that matters most, from 64-bit keys to 64-bit values.
+//! Pure arithmetic on 64 readable bytes: four slots `{key: u64, value: u64}`. Called by `slots` for
+//! the table that matters most, from 64-bit keys to 64-bit values.
 
 /// Index of the slot in the line at `line` whose key is `key`; 4 or more when there is none.
 ///
@@ -10,8 +10,8 @@
 #[inline(always)]
 pub(crate) unsafe fn find_in_line(line: *const u8, key: u64) -> u32 {
     #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: four aligned loads of 16 bytes, which the caller promises to be readable; SSE2 is part of
-    // every x86-64.
+    // SAFETY: four aligned loads of 16 bytes, which the caller promises to be readable; SSE2 is
+    // part of every x86-64.
     unsafe {
         use std::arch::x86_64::{
             __m128i, _mm_and_si128, _mm_castsi128_pd, _mm_cmpeq_epi32, _mm_load_si128,

@@ -99,8 +99,8 @@ impl Seg {
         }
     }
 
-    /// Asks the kernel for the pages of a range at once, which costs a quarter of taking a fault for each. Without
-    /// effect where it cannot (before Linux 5.14): then they come one by one.
+    /// Asks the kernel for the pages of a range at once, which costs a quarter of taking a fault
+    /// for each. Without effect where it cannot (before Linux 5.14): then they come one by one.
     pub(crate) fn populate(self, at: u64, bytes: u64) {
         let place = self.range(at, bytes as usize);
         // SAFETY: advice on a range of our own mapping; contents do not change.

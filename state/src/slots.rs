@@ -38,8 +38,8 @@ use testudo_shm::txn::Txn;
 
 /// Slots of a group's first table: a multiple of any `LINE`.
 const CAPACITY_MIN: u64 = 64;
-/// Tables of up to so many slots grow fourfold: each page that a table leaves behind costs as much as hundreds of
-/// updates, and small tables leave most.
+/// Tables of up to so many slots grow fourfold: each page that a table leaves behind costs as much
+/// as hundreds of updates, and small tables leave most.
 const GROWS_FAST_TO: u64 = 4096;
 /// Old slots moved per insert while growing: growth ends after a sixteenth of the old capacity in
 /// inserts.
@@ -249,8 +249,8 @@ unsafe fn glance<S: Shape>(slots: *mut u8, mask: u64, hash: u64, key: &[u8]) -> 
     if S::KEY.is_none() || S::KEY_BYTES == 0 || S::KEY_BYTES > 16 || S::LINE > 8 {
         return None;
     }
-    // SAFETY: homes begin lines of LINE slots, of which the array is a multiple; `key` has KEY_BYTES
-    // bytes. Empty slots hold zeros, which no key looked for here is.
+    // SAFETY: homes begin lines of LINE slots, of which the array is a multiple; `key` has
+    // KEY_BYTES bytes. Empty slots hold zeros, which no key looked for here is.
     unsafe {
         let line = slots.add((home::<S>(hash) & mask) as usize * S::SLOT);
         if S::KEY_BYTES == 8 && S::SLOT == 16 && S::KEY_ALIGN == 8 {
@@ -468,7 +468,8 @@ impl<S: Shape> Slots<S> {
         self.move_and_find(txn, group, hash, key)
     }
 
-    /// Whether `find_and_log` can find anything: small plain keys whose slots share lines, plain values.
+    /// Whether `find_and_log` can find anything: small plain keys whose slots share lines, plain
+    /// values.
     pub(crate) const IN_RUNS: bool = S::KEY.is_some()
         && S::KEY_BYTES > 0
         && S::KEY_BYTES <= 16
@@ -477,8 +478,9 @@ impl<S: Shape> Slots<S> {
         && S::VALUE > 0
         && S::VALUE <= 256;
 
-    /// Finds the slots of several keys and logs their values, all in one run: stops at the first that is not in its home
-    /// line. Returns how many were found; their values may then be changed, until anything is inserted or removed.
+    /// Finds the slots of several keys and logs their values, all in one run: stops at the first
+    /// that is not in its home line. Returns how many were found; their values may then be changed,
+    /// until anything is inserted or removed.
     #[inline(always)]
     pub(crate) fn find_and_log<K: AsRef<[u8]>>(
         &self,

@@ -169,9 +169,9 @@ impl<K: Record, V: Record> Table<K, V> {
     /// Whether [`Table::run`] can find anything for these types.
     pub const IN_RUNS: bool = Slots::<Typed<K, V>>::IN_RUNS;
 
-    /// Finds the values of several keys that are in the table and logs them together, up to the first key that is not
-    /// quickly found: the rest goes through [`Table::update`]. Nothing else may be done to this table while the run is
-    /// used, which its borrow sees to.
+    /// Finds the values of several keys that are in the table and logs them together, up to the
+    /// first key that is not quickly found: the rest goes through [`Table::update`]. Nothing else
+    /// may be done to this table while the run is used, which its borrow sees to.
     #[inline(always)]
     pub fn run<'t>(
         &'t mut self,
@@ -414,8 +414,9 @@ impl<V: Record> Run<'_, V> {
     #[inline(always)]
     pub fn value(&mut self, index: usize) -> &mut V {
         const { assert!(!(V::SIZE.is_some() && size_of::<V>() == 0), "a record has bytes") };
-        // SAFETY: runs exist for plain values only: any bit pattern is a V, of just the slot's bytes, aligned in the slot;
-        // the table is borrowed as long as this run, and one value is borrowed at a time.
+        // SAFETY: runs exist for plain values only: any bit pattern is a V, of just the slot's
+        // bytes, aligned in the slot; the table is borrowed as long as this run, and one value is
+        // borrowed at a time.
         unsafe { &mut *self.values[index].cast::<V>() }
     }
 }

@@ -1,8 +1,10 @@
-//! The inlet: the head of a stage behind an exchange. Takes frames from rings in place, and batches handed over by the
-//! producer in the same worker, and keeps the watermark: the lowest of all its channels.
+//! The inlet: the head of a stage behind an exchange. Takes frames from rings in place, and batches
+//! handed over by the producer in the same worker, and keeps the watermark: the lowest of all its
+//! channels.
 //!
 //! Invariants:
-//! - a frame is taken whole or up to a record boundary; how much of it is taken is part of the position cell;
+//! - a frame is taken whole or up to a record boundary; how much of it is taken is part of the
+//!   position cell;
 //! - a channel that ended no longer holds the watermark; the stage ends when all channels have;
 //! - nothing is taken while the operators behind it have no room (R7).
 //!
@@ -124,8 +126,8 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
         taken
     }
 
-    /// Pushes up to `room` records of a frame, of which `inner` (bytes, records) were taken before. Returns whether the
-    /// frame is finished, the records pushed, and the new inner position.
+    /// Pushes up to `room` records of a frame, of which `inner` (bytes, records) were taken before.
+    /// Returns whether the frame is finished, the records pushed, and the new inner position.
     #[inline(always)]
     fn take_data(
         &mut self,
@@ -154,7 +156,11 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
 
 /// The records of a frame, validated unless the job switched that off for archived ones.
 #[inline(always)]
-fn checked_batch<T: Record>(bytes: &[u8], count: usize, validate: bool) -> Result<Batch<'_, T>, Fault> {
+fn checked_batch<T: Record>(
+    bytes: &[u8],
+    count: usize,
+    validate: bool,
+) -> Result<Batch<'_, T>, Fault> {
     if T::SIZE.is_some() || validate {
         Batch::check(bytes, count, 0)
     } else {
@@ -174,9 +180,10 @@ impl<T: Record, N: Push<T>> Stage for Inlet<T, N> {
         for turn in 0..count {
             let channel = (self.first + turn) % count;
             if let Some(ring) = self.channels[channel].ring
-                && cx.in_rings[ring].ring.as_ref().is_some_and(|ring| ring.backlog() > 0) {
-                    work += self.take_ring(cx, ring, channel);
-                }
+                && cx.in_rings[ring].ring.as_ref().is_some_and(|ring| ring.backlog() > 0)
+            {
+                work += self.take_ring(cx, ring, channel);
+            }
         }
         self.first = if self.first + 1 >= count { 0 } else { self.first + 1 };
         work + self.try_end(cx)
@@ -209,4 +216,3 @@ impl<T: Record, N: Push<T>> Intake<T> for Inlet<T, N> {
         self.note_end(cx, channel);
     }
 }
-

@@ -1,16 +1,21 @@
-//! The outlet: the last operator of a stage, writing records in place into one lane for each consuming subtask.
+//! The outlet: the last operator of a stage, writing records in place into one lane for each
+//! consuming subtask.
 //!
 //! Invariants:
-//! - lanes are open only within a batch: `end_batch` closes every frame, so nothing is patched after commit (R6);
-//! - what does not fit is spilled, and a lane that spills takes no record and no watermark before its spill is out (R7);
-//! - a lane's mark follows the records that it covers; `marked` is private and starts empty on attach, so a mark that a
-//!   dead process did not get out is sent again (marks are idempotent).
+//! - lanes are open only within a batch: `end_batch` closes every frame, so nothing is patched
+//!   after commit (R6);
+//! - what does not fit is spilled, and a lane that spills takes no record and no watermark before
+//!   its spill is out (R7);
+//! - a lane's mark follows the records that it covers; `marked` is private and starts empty on
+//!   attach, so a mark that a dead process did not get out is sent again (marks are idempotent).
 //!
-//! Called by the stage's last operator; consumers are an [`Intake`] in this worker or an inlet behind a ring.
+//! Called by the stage's last operator; consumers are an [`Intake`] in this worker or an inlet
+//! behind a ring.
 
 use super::route::Route;
 use crate::error::Error;
 use crate::operator::{Intake, Push};
+use crate::plan::FRAME_BYTES;
 use crate::worker::context::{CounterPlace, Cx};
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -90,8 +95,9 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
         }
     }
 
-    /// As `overflow`, for a plain record. It takes a copy, so that the hot path never needs the record's address and the
-    /// compiler can keep its fields in registers from the operator before to the ring.
+    /// As `overflow`, for a plain record. It takes a copy, so that the hot path never needs the
+    /// record's address and the compiler can keep its fields in registers from the operator before
+    /// to the ring.
     #[cold]
     #[inline(never)]
     fn overflow_plain(&mut self, cx: &mut Cx, lane: usize, value: T) {
@@ -105,7 +111,7 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
     fn overflow(&mut self, cx: &mut Cx, lane: usize, item: Item<'_, T>) {
         if let Lane::Ring(index) = self.lanes[lane] {
             let bytes = T::item_len(item);
-            if bytes as u64 + 128 > cx.out_rings[index].ring.capacity() {
+            if (bytes + FRAME_BYTES) as u64 > cx.out_rings[index].ring.capacity() {
                 return self.too_large(cx, bytes, index);
             }
         }
@@ -140,7 +146,8 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
             cx.fail(Error::job(
                 &self.name,
                 format!(
-                    "one record led to more than {} bytes for a single consumer; emit less from one record",
+                    "one record led to more than {} bytes for a single consumer; \
+                     emit less from one record",
                     full.bytes
                 ),
             ));
@@ -160,7 +167,8 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
         cx.fail(Error::job(
             &self.name,
             format!(
-                "a record of {bytes} bytes does not fit into a ring of {capacity}; raise --ring-bytes to at least {}",
+                "a record of {bytes} bytes does not fit into a ring of {capacity}; \
+                 raise --ring-bytes to at least {}",
                 (bytes * 2 + 256).next_power_of_two()
             ),
         ));
@@ -322,7 +330,8 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
                 Lane::Local { intake, .. } => intake.borrow_mut().room(cx),
                 Lane::Ring(index) => {
                     let out = &mut cx.out_rings[*index];
-                    let room = out.ring.room(Self::BYTES) / T::SIZE.unwrap_or(ARCHIVED_GUESS).max(1);
+                    let room =
+                        out.ring.room(Self::BYTES) / T::SIZE.unwrap_or(ARCHIVED_GUESS).max(1);
                     if room == 0 && out.drops() { BATCH } else { room }
                 }
             });

@@ -13,8 +13,8 @@ pub trait Route<T: Record> {
     /// The lane of this record.
     fn lane(&mut self, item: Item<'_, T>) -> usize;
 
-    /// The lane of the next record, where it does not depend on what is in it: an archived record can then be encoded
-    /// right where it goes.
+    /// The lane of the next record, where it does not depend on what is in it: an archived record
+    /// can then be encoded right where it goes.
     #[inline(always)]
     fn lane_unseen(&mut self) -> Option<usize> {
         None

@@ -1,5 +1,6 @@
-//! Chains: how a stage is built inside out. Each operator of a stream is a [`Link`]; a chain of them ends at the stage's
-//! head (a source or an inlet) and, once its last operator is known, becomes one type: the fused loop.
+//! Chains: how a stage is built inside out. Each operator of a stream is a [`Link`]; a chain of
+//! them ends at the stage's head (a source or an inlet) and, once its last operator is known,
+//! becomes one type: the fused loop.
 //!
 //! Called by `stream` while a flow is described, and by the worker's attach to build what it runs.
 
@@ -7,8 +8,8 @@ use crate::error::Error;
 use crate::exchange::inlet::Inlet;
 use crate::operator::{Intake, Push, Stage};
 use crate::plan::CounterKind;
-use crate::source::stage::{Pace, SourceStage};
 use crate::source::Source;
+use crate::source::stage::{Pace, SourceStage};
 use crate::worker::StageRef;
 use crate::worker::attach::Attach;
 use std::cell::RefCell;

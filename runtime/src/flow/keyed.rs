@@ -18,7 +18,8 @@ use testudo_shm::record::{Record, Scratch};
 /// A user's key function, shared by the router before the exchange and the operator behind it.
 pub type KeyFn<F> = Rc<F>;
 
-/// A stream routed by key. All records of a key reach the same subtask, in the order in which each producer sent them.
+/// A stream routed by key. All records of a key reach the same subtask, in the order in which each
+/// producer sent them.
 #[must_use = "a keyed stream does nothing until it is aggregated, reduced, windowed or processed"]
 pub struct Keyed<T: Record, K, F> {
     pub(crate) stream: Exchanged<T>,
@@ -49,7 +50,8 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         Self { stream, key, of: PhantomData }
     }
 
-    /// Keeps an accumulator for each key: `init` makes it, `fold` adds a record, `emit` says what goes on after each one.
+    /// Keeps an accumulator for each key: `init` makes it, `fold` adds a record, `emit` says what
+    /// goes on after each one.
     pub fn aggregate<A, U, I, G, E>(
         self,
         init: I,
@@ -94,8 +96,9 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         self.stream
     }
 
-    /// Full control: `declare` names the states, `on_record` is called for each record and `on_timer` for each timer
-    /// that the watermark has passed, with the key's state, timers and outputs in their context.
+    /// Full control: `declare` names the states, `on_record` is called for each record and
+    /// `on_timer` for each timer that the watermark has passed, with the key's state, timers and
+    /// outputs in their context.
     pub fn process<S, U, D, P, Q>(
         self,
         declare: D,
@@ -134,7 +137,11 @@ pub(crate) fn declare_state<K: Record>(flow: &Flow, operator: usize, grouping: G
 }
 
 /// The user's key function behind an exchange.
-pub(crate) fn keyed_parts<K: Record, F>(at: &Attach, operator: usize, key: KeyFn<F>) -> KeyedParts<K, KeyFn<F>> {
+pub(crate) fn keyed_parts<K: Record, F>(
+    at: &Attach,
+    operator: usize,
+    key: KeyFn<F>,
+) -> KeyedParts<K, KeyFn<F>> {
     KeyedParts {
         name: at.operator_name(operator),
         key,

@@ -48,26 +48,32 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         self
     }
 
-    /// Gives the operator before this point a stable identity: its state is found by it, whatever its name or place.
+    /// Gives the operator before this point a stable identity: its state is found by it, whatever
+    /// its name or place.
     pub fn uid(self, uid: &str) -> Self {
         self.flow.draft.borrow_mut().operators[self.operator].uid = Some(uid.into());
         self
     }
 
-    /// Sets how many subtasks the stage of this stream has: everything from the exchange (or source) before it to the
-    /// next one. Default: one for each worker.
+    /// Sets how many subtasks the stage of this stream has: everything from the exchange (or
+    /// source) before it to the next one. Default: one for each worker.
     pub fn parallelism(self, subtasks: usize) -> Self {
         self.flow.draft.borrow_mut().stages[self.stage].parallelism = Some(subtasks);
         self
     }
 
-    /// Gives the stage of this stream worker processes of its own, so that what crashes in it takes nothing else down.
+    /// Gives the stage of this stream worker processes of its own, so that what crashes in it takes
+    /// nothing else down.
     pub fn isolated(self) -> Self {
         self.flow.draft.borrow_mut().stages[self.stage].isolated = true;
         self
     }
 
-    pub(crate) fn then<L: Link<T>>(self, kind: &'static str, link: impl FnOnce(usize) -> L) -> Next<T, C, L> {
+    pub(crate) fn then<L: Link<T>>(
+        self,
+        kind: &'static str,
+        link: impl FnOnce(usize) -> L,
+    ) -> Next<T, C, L> {
         let operator = self.flow.add_operator(self.stage, kind, kind);
         let chain = Then { chain: self.chain, link: link(operator) };
         Stream { flow: self.flow, stage: self.stage, operator, chain }
@@ -93,7 +99,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         self.then("flat_map", |_| FlatMapLink { f, of: PhantomData })
     }
 
-    /// Turns each record into another one, or refuses it: what is refused is counted and leaves by the second stream.
+    /// Turns each record into another one, or refuses it: what is refused is counted and leaves by
+    /// the second stream.
     pub fn try_map<U, S, F>(self, f: F) -> (Next<T, C, TryMapLink<U, S, F>>, Exchanged<S>)
     where
         U: Record,
@@ -102,7 +109,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
     {
         let (flow, stage) = (self.flow.clone(), self.stage);
         let edge = flow.add_edge::<S>(Some(stage), None, EdgeKind::Forward);
-        let main = self.then("try_map", |operator| TryMapLink { f, edge, operator, of: PhantomData });
+        let main =
+            self.then("try_map", |operator| TryMapLink { f, edge, operator, of: PhantomData });
         let side = inlet_stream(&flow, vec![edge], "rejected");
         (main, side)
     }
@@ -121,8 +129,9 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         (main, side)
     }
 
-    /// Derives event time from the records: `time` gives each one's time in milliseconds, and no record comes more than
-    /// `bound` after one that is later. (The watermark is the latest time seen, less the bound.)
+    /// Derives event time from the records: `time` gives each one's time in milliseconds, and no
+    /// record comes more than `bound` after one that is later. (The watermark is the latest time
+    /// seen, less the bound.)
     pub fn event_time<F>(self, bound: Duration, time: F) -> Next<T, C, EventTimeLink<F>>
     where
         F: Fn(&T::View) -> i64 + 'static,
@@ -131,7 +140,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         self.then("event_time", |operator| EventTimeLink { time, bound, operator })
     }
 
-    /// Routes by key: all records of a key go to the same subtask, in the order in which each producer sent them.
+    /// Routes by key: all records of a key go to the same subtask, in the order in which each
+    /// producer sent them.
     pub fn key_by<K: Record, F: Fn(&T::View) -> K + 'static>(self, key: F) -> Keyed<T, K, F> {
         Keyed::new(self, key)
     }
@@ -159,7 +169,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         inlet_stream(&flow, edges, "union")
     }
 
-    /// Gives the stream to several consumers: each `branches` call gets its own copy of every record.
+    /// Gives the stream to several consumers: each `branches` call gets its own copy of every
+    /// record.
     pub fn fork(self) -> (Exchanged<T>, Exchanged<T>) {
         let flow = self.flow.clone();
         let stage = self.stage;
@@ -173,7 +184,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         (inlet_stream(&flow, vec![left], "left"), inlet_stream(&flow, vec![right], "right"))
     }
 
-    /// Windows over all records, whatever their key: aggregated in each subtask first, then merged in one.
+    /// Windows over all records, whatever their key: aggregated in each subtask first, then merged
+    /// in one.
     pub fn window_all<W, F>(self, window: W, time: F) -> WindowedAll<T, C, F>
     where
         W: Into<Window>,
@@ -209,7 +221,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         }));
     }
 
-    /// Ends the stream in a closure. What it does outside may be done twice for the step that a crash interrupts.
+    /// Ends the stream in a closure. What it does outside may be done twice for the step that a
+    /// crash interrupts.
     pub fn for_each<F: Fn(&T::View) + 'static>(self, f: F) {
         let operator = self.flow.add_operator(self.stage, "for_each", "sink");
         self.finish(Box::new(move |attach, chain: C| {
@@ -218,8 +231,8 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         }));
     }
 
-    /// Ends the stream on standard output: one line for each record, as `f` writes it. The records reach the launching
-    /// process through rings, and it prints them.
+    /// Ends the stream on standard output: one line for each record, as `f` writes it. The records
+    /// reach the launching process through rings, and it prints them.
     pub fn print<D: std::fmt::Display, F: Fn(&T::View) -> D + 'static>(self, f: F) {
         let lines = self.map(move |record| f(record).to_string()).name("to_line");
         let lines = lines.counted("print", "sink", CounterKind::In);
@@ -231,7 +244,12 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
     }
 
     /// Counts what passes here, under the name and kind of an operator.
-    pub(crate) fn counted(self, name: &str, kind: &'static str, counter: CounterKind) -> Next<T, C, CountLink> {
+    pub(crate) fn counted(
+        self,
+        name: &str,
+        kind: &'static str,
+        counter: CounterKind,
+    ) -> Next<T, C, CountLink> {
         self.then(kind, |operator| CountLink { operator, counter }).name(name)
     }
 

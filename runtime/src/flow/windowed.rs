@@ -3,7 +3,7 @@
 pub use crate::window::{Bounds, Window};
 
 use super::chain::{Chain, InletChain, Link, Then};
-use super::keyed::{Keyed, KeyFn, declare_state, keyed_parts};
+use super::keyed::{KeyFn, Keyed, declare_state, keyed_parts};
 use super::stream::{Exchanged, Next, Stream, inlet_stream};
 use crate::error::Error;
 use crate::exchange::outlet::Outlet;
@@ -37,8 +37,9 @@ where
     F: Fn(&T::View) -> K + 'static,
     G: Fn(&T::View) -> i64 + 'static,
 {
-    /// Folds the records of each key and window; `emit` says what comes out when the window fires. `merge` puts the
-    /// accumulators of two slices together (sliding windows consist of several). Late records are counted and dropped.
+    /// Folds the records of each key and window; `emit` says what comes out when the window fires.
+    /// `merge` puts the accumulators of two slices together (sliding windows consist of several).
+    /// Late records are counted and dropped.
     pub fn aggregate<A, U, I, P, M, E>(
         self,
         init: I,
@@ -79,7 +80,10 @@ where
         let fns = (time, init, fold, merge, emit);
         let main = self.keyed.stream.then("window", |operator| {
             declare_state::<K>(&flow, operator, Grouping::ByKey);
-            WindowLateLink { inner: WindowLink { key, window, fns, operator, of: PhantomData }, edge }
+            WindowLateLink {
+                inner: WindowLink { key, window, fns, operator, of: PhantomData },
+                edge,
+            }
         });
         (main, inlet_stream(&flow, vec![edge], "late"))
     }
@@ -273,8 +277,8 @@ impl<T: Record, C: Chain<Out = T>, F> std::fmt::Debug for WindowedAll<T, C, F> {
 }
 
 impl<T: Record, C: Chain<Out = T>, F: Fn(&T::View) -> i64 + 'static> WindowedAll<T, C, F> {
-    /// Folds the records of each window: in every subtask first, then merged in one; `emit` says what comes out when
-    /// the window fires. Late records are counted and dropped.
+    /// Folds the records of each window: in every subtask first, then merged in one; `emit` says
+    /// what comes out when the window fires. Late records are counted and dropped.
     pub fn aggregate<A, U, I, P, M, E>(
         self,
         init: I,
@@ -326,7 +330,11 @@ where
     type Out = Partial<A>;
     type Op<N: Push<Partial<A>> + 'static> = PreAggregate<T, A, F, I, P, N, Counted>;
 
-    fn link<N: Push<Partial<A>> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
+    fn link<N: Push<Partial<A>> + 'static>(
+        self,
+        at: &mut Attach,
+        next: N,
+    ) -> Result<Self::Op<N>, Error> {
         Ok(PreAggregate {
             store: slice_store(at, self.operator)?,
             window: self.window,

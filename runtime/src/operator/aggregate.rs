@@ -1,7 +1,8 @@
-//! Running aggregates by key: for each record the key's accumulator changes, and the result goes on.
+//! Running aggregates by key: for each record the key's accumulator changes, and the result goes
+//! on.
 //!
-//! Invariants: the accumulator is keyed state, changed through the transaction; over a batch, the slots of all keys are
-//! prefetched before the first is touched, which hides the latency of memory.
+//! Invariants: the accumulator is keyed state, changed through the transaction; over a batch, the
+//! slots of all keys are prefetched before the first is touched, which hides the latency of memory.
 //!
 //! Called through [`Push`], always right behind a hash exchange.
 
@@ -13,8 +14,8 @@ use std::rc::Rc;
 use testudo_shm::record::{Batch, Item, Record, Scratch};
 use testudo_state::{KeyHash, Table};
 
-/// Records whose slots are asked for ahead of their use: enough to cover a miss to memory, few enough to stay in the
-/// nearest cache.
+/// Records whose slots are asked for ahead of their use: enough to cover a miss to memory, few
+/// enough to stay in the nearest cache.
 pub(crate) const AHEAD: usize = 32;
 
 /// The parts of a keyed operator that do not depend on what it does.
@@ -42,8 +43,8 @@ impl<K: Record, F> KeyedParts<K, Rc<F>> {
     }
 }
 
-/// Calls `apply` for each record of a batch, `ask` (which hashes the key and prefetches its slot) running `AHEAD`
-/// records before it: memory is waited for while earlier records are processed.
+/// Calls `apply` for each record of a batch, `ask` (which hashes the key and prefetches its slot)
+/// running `AHEAD` records before it: memory is waited for while earlier records are processed.
 #[inline(always)]
 pub(crate) fn pipelined<T: Record, O>(
     operator: &mut O,

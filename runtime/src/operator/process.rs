@@ -1,8 +1,9 @@
-//! The keyed process operator: user code with declared state, event-time timers and any number of outputs.
+//! The keyed process operator: user code with declared state, event-time timers and any number of
+//! outputs.
 //!
-//! Invariants: all state goes through the transaction; a timer fires once the watermark has reached its time, in time
-//! order, and only as many at once as the operators behind have room for; the watermark is handed on when no timer at or
-//! before it is left.
+//! Invariants: all state goes through the transaction; a timer fires once the watermark has reached
+//! its time, in time order, and only as many at once as the operators behind have room for; the
+//! watermark is handed on when no timer at or before it is left.
 //!
 //! Called through [`Push`], always right behind a hash exchange.
 
@@ -26,7 +27,8 @@ pub struct Declare<'a, K> {
     of: PhantomData<fn() -> K>,
 }
 
-/// A declared state; `None` only when it could not be opened, which ends the job before any record is processed.
+/// A declared state; `None` only when it could not be opened, which ends the job before any record
+/// is processed.
 type Opened<S> = Option<S>;
 
 /// One value for each key.
@@ -144,7 +146,10 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
     }
 
     /// The key's list, oldest first.
-    pub fn items<'s, T: Record>(&self, state: &'s ListState<K, T>) -> impl Iterator<Item = &'s T::View> + use<'s, K, U, T> {
+    pub fn items<'s, T: Record>(
+        &self,
+        state: &'s ListState<K, T>,
+    ) -> impl Iterator<Item = &'s T::View> + use<'s, K, U, T> {
         let items = state.0.as_ref().map(|state| state.iter(self.hash, self.key));
         items.into_iter().flatten().map(|item| item.view)
     }
@@ -184,7 +189,11 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
     }
 
     /// Removes an entry of the key's map.
-    pub fn map_remove<UK: Record, UV: Record>(&mut self, state: &mut MapState<K, UK, UV>, user_key: &UK) {
+    pub fn map_remove<UK: Record, UV: Record>(
+        &mut self,
+        state: &mut MapState<K, UK, UV>,
+        user_key: &UK,
+    ) {
         if let Some(state) = &mut state.0 {
             let mut scratch = Scratch::default();
             let user_key = user_key.item(&mut scratch);
@@ -202,8 +211,9 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
         items.into_iter().flatten().map(|(key, value)| (key.view, value.view))
     }
 
-    /// Sets a timer for the key: `on_timer` is called with this time once the watermark has reached it. The same time
-    /// twice is one timer. [`LAST_TIME`] and anything later fires at the end of input, with that time.
+    /// Sets a timer for the key: `on_timer` is called with this time once the watermark has reached
+    /// it. The same time twice is one timer. [`LAST_TIME`] and anything later fires at the end of
+    /// input, with that time.
     pub fn set_timer(&mut self, time: i64) {
         let time = time.min(LAST_TIME);
         let done = self.timers.register(&mut self.cx.txn, self.hash, self.key, time);
@@ -255,7 +265,8 @@ where
         let failed = |error: StateError| Error::job(&keyed.name, error.to_string());
         let mut error = None;
         let txn = &mut at.cx.txn;
-        let state = declare(&mut Declare { groups: &groups, txn, error: &mut error, of: PhantomData });
+        let state =
+            declare(&mut Declare { groups: &groups, txn, error: &mut error, of: PhantomData });
         if let Some(error) = error {
             return Err(failed(error));
         }
@@ -264,7 +275,19 @@ where
         let passed = at.cell(operator, "passed", i64::MIN)?;
         let (out, due) = (Vec::new(), DueTimer::default());
         let of = PhantomData;
-        Ok(Self { keyed, state, timers, due, on_record, on_timer, out, watermark, passed, next, of })
+        Ok(Self {
+            keyed,
+            state,
+            timers,
+            due,
+            on_record,
+            on_timer,
+            out,
+            watermark,
+            passed,
+            next,
+            of,
+        })
     }
 
     #[inline]

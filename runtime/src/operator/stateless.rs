@@ -1,6 +1,7 @@
 //! Operators without state: map, try_map, filter, flat_map, inspect, and the watermark generator.
 //!
-//! Called through [`Push`]; each is a thin shell around a user's closure, so that stages fuse into one loop.
+//! Called through [`Push`]; each is a thin shell around a user's closure, so that stages fuse into
+//! one loop.
 
 use super::{Push, hand_on};
 use crate::worker::context::{CounterPlace, Cx};

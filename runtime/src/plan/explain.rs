@@ -18,14 +18,26 @@ fn explain(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resu
     writeln!(out, "\nstages")?;
     for (index, stage) in plan.stages.iter().enumerate() {
         let place = if stage.isolated { "isolated, " } else { "" };
-        writeln!(out, "  {index}  {}: {place}{} subtasks on workers {:?}", stage.name, stage.workers.len(), stage.workers)?;
+        writeln!(
+            out,
+            "  {index}  {}: {place}{} subtasks on workers {:?}",
+            stage.name,
+            stage.workers.len(),
+            stage.workers
+        )?;
         for operator in plan.operators.iter().filter(|operator| operator.stage == index) {
             let state = match operator.state.map(|state| state.grouping) {
                 None => String::new(),
                 Some(Grouping::ByKey) => format!(", state in {} key groups", plan.key_groups),
                 Some(Grouping::BySubtask) => ", state by subtask".into(),
             };
-            writeln!(out, "       {} {} (uid {}){state}", operator.kind, operator.name, operator.uid())?;
+            writeln!(
+                out,
+                "       {} {} (uid {}){state}",
+                operator.kind,
+                operator.name,
+                operator.uid()
+            )?;
         }
     }
     edges(plan, out)?;
@@ -38,7 +50,8 @@ fn edges(plan: &Plan, out: &mut String) -> std::fmt::Result {
     let end = |end: Option<usize>| end.map_or("launcher".into(), |stage| stage.to_string());
     for (index, edge) in plan.edges.iter().enumerate() {
         let rings = plan.layout.rings.iter().filter(|ring| ring.edge == index);
-        let (count, bytes) = rings.fold((0, 0), |(count, bytes), ring| (count + 1, bytes + ring.bytes));
+        let (count, bytes) =
+            rings.fold((0, 0), |(count, bytes), ring| (count + 1, bytes + ring.bytes));
         let record = match edge.record_bytes {
             Some(size) => format!("{} ({size} bytes)", edge.record),
             None => format!("{} (archived)", edge.record),
@@ -46,7 +59,10 @@ fn edges(plan: &Plan, out: &mut String) -> std::fmt::Result {
         writeln!(
             out,
             "  {index}  {} -> {}: {}, {record}, {count} rings of {} bytes in all",
-            end(edge.from), end(edge.to), edge.kind.label(), bytes
+            end(edge.from),
+            end(edge.to),
+            edge.kind.label(),
+            bytes
         )?;
     }
     Ok(())
@@ -76,21 +92,45 @@ fn limits(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resul
     writeln!(out, "  workers                    {} of {WORKERS_MAX}", plan.workers)?;
     writeln!(out, "  edges, rings               {}, {}", plan.edges.len(), layout.rings.len())?;
     writeln!(out, "  bytes of a ring            {}", settings.ring_bytes)?;
-    writeln!(out, "  words a worker sleeps on   {} of {}", plan.workers, testudo_shm::wait::FUTEX_WAITV_MAX)?;
-    writeln!(out, "  undo log                   step ends after {}, at most {} bytes", LOG_SOFT_BYTES * 3 / 4, LOG_BYTES)?;
+    writeln!(
+        out,
+        "  words a worker sleeps on   {} of {}",
+        plan.workers,
+        testudo_shm::wait::FUTEX_WAITV_MAX
+    )?;
+    writeln!(
+        out,
+        "  undo log                   step ends after {}, at most {} bytes",
+        LOG_SOFT_BYTES * 3 / 4,
+        LOG_BYTES
+    )?;
     writeln!(out, "  cells of a worker          {CELLS_BYTES} bytes")?;
     writeln!(out, "  spill of a lane            {SPILL_BYTES} bytes")?;
-    writeln!(out, "  key groups                 {groups} segments in all, {} bytes reserved for each", layout.groups.first().map_or(0, |groups| groups.bytes))?;
+    writeln!(
+        out,
+        "  key groups                 {groups} segments in all, {} bytes reserved for each",
+        layout.groups.first().map_or(0, |groups| groups.bytes)
+    )?;
     writeln!(out, "  descriptors                {}", layout.descriptors())?;
     writeln!(out, "  addresses                  {} MiB", layout.arena_bytes >> 20)?;
-    writeln!(out, "  restart budget             {} deaths in a row without a commit", settings.restart_budget)?;
+    writeln!(
+        out,
+        "  restart budget             {} deaths in a row without a commit",
+        settings.restart_budget
+    )?;
     let full = match settings.completeness {
         Completeness::Full => "full: producers wait for a dead consumer once its ring is full",
-        Completeness::Partial => "partial: producers drop and count what a dead consumer's ring cannot take",
+        Completeness::Partial => {
+            "partial: producers drop and count what a dead consumer's ring cannot take"
+        }
     };
     writeln!(out, "\ncompleteness {full}")?;
     if plan.edges.iter().any(|edge| edge.kind == EdgeKind::Stdin) {
-        writeln!(out, "standard input is read by the launching process: its death loses the lines that are in its rings")?;
+        writeln!(
+            out,
+            "standard input is read by the launching process: \
+             its death loses the lines that are in its rings"
+        )?;
     }
     Ok(())
 }

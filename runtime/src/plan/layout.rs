@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! control segment   header page | description | words | rings from the launching process
-//! worker segment    header page | last words | counters | words || cells | undo log | spills | rings
+//! worker segment    header | last words | counters | words || cells | undo log | spills | rings
 //!                   `------- front: mapped by all -------------'' `--- the owner's alone --------'
 //! group segments    one for each key group of each operator with state
 //! ```
 //!
-//! Invariants: whole pages; nothing overlaps; the same in every process; sparse, so what is not touched costs nothing.
-//! Called by the plan; used by the supervisor (create) and by attach (map).
+//! Invariants: whole pages; nothing overlaps; the same in every process; sparse, so what is not
+//! touched costs nothing. Called by the plan; used by the supervisor (create) and by attach (map).
 
 use super::{CounterKind, EdgeKind, EdgeSpec, Grouping, OperatorSpec, Process, Stage};
 use crate::config::Settings;
@@ -25,7 +25,8 @@ pub(crate) const CELLS_BYTES: usize = 1 << 20;
 /// Bytes reserved for the undo log.
 pub(crate) const LOG_BYTES: usize = 1 << 30;
 
-/// Bytes of undo log after which a step ends at the next record boundary: small enough for the nearest caches.
+/// Bytes of undo log after which a step ends at the next record boundary: small enough for the
+/// nearest caches.
 pub(crate) const LOG_SOFT_BYTES: usize = 64 << 10;
 
 /// Bytes reserved for each lane's spill.
@@ -153,10 +154,14 @@ impl Layout {
         words: &mut [usize],
     ) {
         let supervisor = words.len() - 1;
-        let ends = |end: Option<usize>| end.map_or_else(|| vec![supervisor], |s| stages[s].workers.clone());
+        let ends = |end: Option<usize>| {
+            end.map_or_else(|| vec![supervisor], |s| stages[s].workers.clone())
+        };
         let (from, to) = (ends(spec.from), ends(spec.to));
         for (from_subtask, &producer) in from.iter().enumerate() {
-            for (lane, &(to_subtask, consumer)) in lanes(spec.kind, from_subtask, &to).iter().enumerate() {
+            for (lane, &(to_subtask, consumer)) in
+                lanes(spec.kind, from_subtask, &to).iter().enumerate()
+            {
                 if producer != supervisor {
                     self.spills.push(SpillPlan { edge, worker: producer, lane, offset: 0 });
                 }
@@ -232,7 +237,12 @@ impl Layout {
         let bytes = pages((GROUPS_TOTAL / total.max(1)).min(GROUP_BYTES));
         for (index, operator) in operators.iter().enumerate() {
             if let Some(groups) = count(operator) {
-                self.groups.push(GroupsPlan { operator: index, groups, bytes, at: self.arena_bytes });
+                self.groups.push(GroupsPlan {
+                    operator: index,
+                    groups,
+                    bytes,
+                    at: self.arena_bytes,
+                });
                 self.arena_bytes += groups * stride(bytes);
             }
         }
@@ -255,7 +265,8 @@ pub(crate) fn lanes(kind: EdgeKind, from_subtask: usize, to: &[Process]) -> Vec<
     }
 }
 
-/// Distance of two groups in the arena: not a power of two, or all their headers would compete for the same cache sets.
+/// Distance of two groups in the arena: not a power of two, or all their headers would compete for
+/// the same cache sets.
 pub(crate) fn stride(bytes: usize) -> usize {
     bytes + testudo_state::group::STAGGER
 }

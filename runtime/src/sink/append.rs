@@ -1,7 +1,9 @@
-//! A file that grows exactly: everything up to a position is complete, everything beyond it is taken back on opening.
+//! A file that grows exactly: everything up to a position is complete, everything beyond it is
+//! taken back on opening.
 //!
-//! Invariants (R13): one writer for each file; bytes are written at the position before it moves; a file shorter than
-//! its position is an error, not padding. A file without a size (a pipe, /dev/null) is written as it is.
+//! Invariants (R13): one writer for each file; bytes are written at the position before it moves; a
+//! file shorter than its position is an error, not padding. A file without a size (a pipe,
+//! /dev/null) is written as it is.
 //!
 //! Called by the file sinks.
 
@@ -25,7 +27,9 @@ impl AppendFile {
     /// # Errors
     /// What is wrong with the file, as text.
     pub fn open(path: &Path, position: u64) -> Result<Self, String> {
-        let failed = |what: &str, error: std::io::Error| format!("cannot {what} {}: {error}", path.display());
+        let failed = |what: &str, error: std::io::Error| {
+            format!("cannot {what} {}: {error}", path.display())
+        };
         let file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -74,7 +78,8 @@ impl AppendFile {
 
 fn changed(path: &Path, found: u64, written: u64) -> String {
     format!(
-        "output {} has {found} bytes where {written} were written: it was changed from outside; run the job again",
+        "output {} has {found} bytes where {written} were written: \
+         it was changed from outside; run the job again",
         path.display()
     )
 }

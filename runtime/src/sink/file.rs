@@ -1,7 +1,8 @@
-//! File sinks: CSV, JSON lines, or any text; to one file (parallelism 1) or to a folder (a part for each subtask).
+//! File sinks: CSV, JSON lines, or any text; to one file (parallelism 1) or to a folder (a part for
+//! each subtask).
 //!
-//! An existing output is overwritten: the launching process truncates it, and removes old parts, before workers start.
-//! Exact across kills through [`AppendFile`].
+//! An existing output is overwritten: the launching process truncates it, and removes old parts,
+//! before workers start. Exact across kills through [`AppendFile`].
 //!
 //! Called through [`Sink`].
 
@@ -31,7 +32,9 @@ pub struct Csv<F>(pub F);
 impl<T: Record, R: Serialize, F: Fn(&T::View) -> R + Send + Sync + 'static> Format<T> for Csv<F> {
     fn line(&self, record: &T::View, out: &mut Vec<u8>) -> Result<(), String> {
         let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(out);
-        writer.serialize((self.0)(record)).map_err(|error| format!("cannot write as CSV: {error}"))?;
+        writer
+            .serialize((self.0)(record))
+            .map_err(|error| format!("cannot write as CSV: {error}"))?;
         writer.flush().map_err(|error| format!("cannot write as CSV: {error}"))
     }
 }
@@ -53,7 +56,9 @@ impl<T: Record, R: Serialize, F: Fn(&T::View) -> R + Send + Sync + 'static> Form
 #[derive(Debug)]
 pub struct Lines<F>(pub F);
 
-impl<T: Record, R: std::fmt::Display, F: Fn(&T::View) -> R + Send + Sync + 'static> Format<T> for Lines<F> {
+impl<T: Record, R: std::fmt::Display, F: Fn(&T::View) -> R + Send + Sync + 'static> Format<T>
+    for Lines<F>
+{
     fn line(&self, record: &T::View, out: &mut Vec<u8>) -> Result<(), String> {
         writeln!(out, "{}", (self.0)(record)).map_err(|error| error.to_string())
     }
@@ -78,13 +83,25 @@ impl<F> FileSink<F> {
     /// Writes to the file `path`.
     pub fn new(path: impl Into<PathBuf>, format: F) -> Self {
         let path = path.into();
-        Self { path, is_folder: false, header: None, extension: String::new(), format: Arc::new(format) }
+        Self {
+            path,
+            is_folder: false,
+            header: None,
+            extension: String::new(),
+            format: Arc::new(format),
+        }
     }
 
     /// Writes to the folder `path`: `part-000.EXTENSION` and so on, one for each subtask.
     pub fn folder(path: impl Into<PathBuf>, extension: &str, format: F) -> Self {
         let extension = extension.trim_start_matches('.').into();
-        Self { path: path.into(), is_folder: true, header: None, extension, format: Arc::new(format) }
+        Self {
+            path: path.into(),
+            is_folder: true,
+            header: None,
+            extension,
+            format: Arc::new(format),
+        }
     }
 
     /// Begins each file with this line.
@@ -103,9 +120,14 @@ pub struct FileWriter<F> {
 }
 
 /// How far a file is written.
-#[derive(Debug, Clone, Copy)]
-#[derive(testudo_shm::zerocopy::FromBytes, testudo_shm::zerocopy::IntoBytes)]
-#[derive(testudo_shm::zerocopy::Immutable)]
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    testudo_shm::zerocopy::FromBytes,
+    testudo_shm::zerocopy::IntoBytes,
+    testudo_shm::zerocopy::Immutable,
+)]
 #[zerocopy(crate = "testudo_shm::zerocopy")]
 #[repr(C)]
 pub struct Written {

@@ -1,8 +1,9 @@
 //! File sources: CSV, JSON lines, plain lines.
 //!
-//! Files are read in the given order. The launching process measures them once; each is cut into contiguous byte ranges,
-//! one per subtask, at line ends. A reader's position is its range and the offset in that file, so a successor goes on
-//! with the very next record. A bad line is refused with its file, offset and reason; reading goes on behind it.
+//! Files are read in the given order. The launching process measures them once; each is cut into
+//! contiguous byte ranges, one per subtask, at line ends. A reader's position is its range and the
+//! offset in that file, so a successor goes on with the very next record. A bad line is refused
+//! with its file, offset and reason; reading goes on behind it.
 //!
 //! `split` cuts, `lines` reads, `csv` and `json` decode, `rejects` describes what was refused.
 
@@ -28,7 +29,8 @@ use self::csv::{CsvDecoder, Dialect};
 use self::lines::{Framing, LineReader, Next};
 use self::split::{ByteRange, Cut, InputFile};
 
-/// Records decoded at most before the step looks at its room again; lines are dear compared with that look.
+/// Records decoded at most before the step looks at its room again; lines are dear compared with
+/// that look.
 const LINES: usize = 512;
 
 /// How the bytes of a file become records.
@@ -103,7 +105,10 @@ impl<T: Record + DeserializeOwned> FileSource<T> {
     }
 }
 
-fn csv_decoder<T: DeserializeOwned + 'static>(form: Form, header: Option<&[u8]>) -> Result<Decoder<T>, String> {
+fn csv_decoder<T: DeserializeOwned + 'static>(
+    form: Form,
+    header: Option<&[u8]>,
+) -> Result<Decoder<T>, String> {
     let dialect = match form {
         Form::Csv { dialect, .. } => dialect,
         _ => Dialect::default(),
@@ -180,7 +185,9 @@ impl<T: Record> Source for FileSource<T> {
         for path in &self.paths {
             inputs.push(InputFile::measure(path).map_err(|error| error.to_string())?);
         }
-        let framing = Self { keep_whole: wishes.keep_whole, inputs: Vec::new(), paths: Vec::new(), ..*self }.framing();
+        let framing =
+            Self { keep_whole: wishes.keep_whole, inputs: Vec::new(), paths: Vec::new(), ..*self }
+                .framing();
         if let Some(records) = wishes.limit {
             inputs = split::limit(&inputs, &framing, records).map_err(|error| error.to_string())?;
         }
@@ -200,7 +207,8 @@ impl<T: Record> Source for FileSource<T> {
         let framing = self.framing();
         let text = |error: lines::InputError| error.to_string();
         let header = split::header(&self.inputs, &framing).map_err(text)?;
-        let mut ranges = split::split(&self.inputs, &framing, subtask.count, self.cut()).map_err(text)?;
+        let mut ranges =
+            split::split(&self.inputs, &framing, subtask.count, self.cut()).map_err(text)?;
         let own = ranges.swap_remove(subtask.index);
         let mut ranges: VecDeque<ByteRange> = own.into_iter().skip(from[0] as usize).collect();
         let mut reader = FileReader {
@@ -259,7 +267,9 @@ impl<T: Record> Reader<T, [u64; 2]> for FileReader<T> {
             match reader.next().map_err(text)? {
                 Some(Next::Line { offset, text }) => match (self.decode)(text) {
                     Ok(record) => out.emit(record),
-                    Err(reason) => out.reject(refused(file, offset, &reason, text, text.len() as u64)),
+                    Err(reason) => {
+                        out.reject(refused(file, offset, &reason, text, text.len() as u64))
+                    }
                 },
                 Some(Next::Reject { offset, head, bytes, reason }) => {
                     out.reject(refused(file, offset, &reason.to_string(), head, bytes));

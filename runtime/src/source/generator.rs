@@ -1,4 +1,5 @@
-//! The generator: record number n is a function of n alone, so it can be read again from any position.
+//! The generator: record number n is a function of n alone, so it can be read again from any
+//! position.
 //!
 //! Called through [`Source`].
 
@@ -27,7 +28,8 @@ impl<T: Record, F: Fn(u64) -> T + 'static> Generator<T, F> {
     }
 }
 
-/// Records made before they are emitted together: making and routing are two tight loops then, not one wide one.
+/// Records made before they are emitted together: making and routing are two tight loops then, not
+/// one wide one.
 const BLOCK: u64 = 64;
 
 /// Reads one subtask's numbers.

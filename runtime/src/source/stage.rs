@@ -1,7 +1,8 @@
 //! The head of a stage that begins with a source.
 //!
-//! Invariants: position, count and end are cells, written in the same transaction as what the records led to; a source
-//! that ended, or that the job's drain stopped, sends the last watermark and never reads again.
+//! Invariants: position, count and end are cells, written in the same transaction as what the
+//! records led to; a source that ended, or that the job's drain stopped, sends the last watermark
+//! and never reads again.
 //!
 //! Called by the step loop.
 
@@ -113,15 +114,16 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
             max = max.min(usize::try_from(left).unwrap_or(usize::MAX));
         }
         if max > 0
-            && let Some(pace) = &mut self.pace {
-                match pace.due(cx.now_ns, max) {
-                    Ok(due) => max = due,
-                    Err(later) => {
-                        self.wake = Some(later);
-                        return 0;
-                    }
+            && let Some(pace) = &mut self.pace
+        {
+            match pace.due(cx.now_ns, max) {
+                Ok(due) => max = due,
+                Err(later) => {
+                    self.wake = Some(later);
+                    return 0;
                 }
             }
+        }
         max
     }
 
@@ -245,5 +247,68 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> Stage for SourceStage<T, 
 
     fn wake_ns(&self) -> Option<u64> {
         self.wake
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pace;
+
+    const MS: u64 = 1_000_000;
+
+    /// Asks at each of these times for as much as is due, and takes it.
+    fn taken(pace: &mut Pace, times: impl IntoIterator<Item = u64>) -> usize {
+        let mut all = 0;
+        for now in times {
+            if let Ok(due) = pace.due(now, usize::MAX) {
+                pace.took(due);
+                all += due;
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn a_pace_is_kept_however_often_it_is_asked() {
+        for step in [MS / 10, MS, 5 * MS] {
+            let mut pace = Pace::new(1000.0);
+            let all =
+                taken(&mut pace, (0..1000 * MS).step_by(step as usize).map(|at| 700 * MS + at));
+            assert!(
+                (995..=1001).contains(&all),
+                "{all} records in a second, asked every {step} ns"
+            );
+        }
+    }
+
+    #[test]
+    fn a_slow_pace_is_kept_too() {
+        let mut pace = Pace::new(0.5);
+        assert_eq!(taken(&mut pace, (0..100_000 * MS).step_by(MS as usize)), 50);
+    }
+
+    #[test]
+    fn a_pause_is_not_made_up_for() {
+        let mut pace = Pace::new(1000.0);
+        taken(&mut pace, [MS]);
+        let after = taken(&mut pace, [60_000 * MS]);
+        assert_eq!(after, 1, "a minute of sixty thousand records is gone");
+        assert_eq!(taken(&mut pace, [60_010 * MS]), 10);
+    }
+
+    #[test]
+    fn what_is_not_due_says_when_it_will_be() {
+        let mut pace = Pace::new(100.0);
+        assert_eq!(pace.due(50 * MS, 5), Ok(1));
+        pace.took(1);
+        assert_eq!(pace.due(51 * MS, 5), Err(60 * MS));
+        assert_eq!(pace.due(60 * MS, 5), Ok(1));
+    }
+
+    #[test]
+    fn room_bounds_what_is_taken() {
+        let mut pace = Pace::new(1e9);
+        pace.took(1);
+        assert_eq!(pace.due(5 * MS, 64), Ok(64));
     }
 }

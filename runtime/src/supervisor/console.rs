@@ -1,8 +1,9 @@
 //! The console: moves lines from standard input into rings and from rings to standard output.
 //!
-//! This is the small process without user code of R13: what was read from standard input lies in a ring of the control
-//! segment, so no crash of a worker loses it. (Only the death of the supervisor itself would.) A blocking read cannot be
-//! interrupted, so a thread of its own reads and hands lines over through an in-process ring.
+//! This is the small process without user code of R13: what was read from standard input lies in a
+//! ring of the control segment, so no crash of a worker loses it. (Only the death of the supervisor
+//! itself would.) A blocking read cannot be interrupted, so a thread of its own reads and hands
+//! lines over through an in-process ring.
 //!
 //! Called by `launch`; runs as one thread while the job does, and only if the job has such edges.
 
@@ -68,7 +69,12 @@ enum Line {
 }
 
 impl Console {
-    pub(crate) fn start(plan: &Plan, settings: &Settings, scene: &Scene, events: &Arc<Events>) -> Result<Self, Error> {
+    pub(crate) fn start(
+        plan: &Plan,
+        settings: &Settings,
+        scene: &Scene,
+        events: &Arc<Events>,
+    ) -> Result<Self, Error> {
         let status = Arc::<Status>::default();
         let supervisor = plan.supervisor();
         let has = |kind| plan.edges.iter().any(|edge| edge.kind == kind);
@@ -91,7 +97,8 @@ impl Console {
             result
         };
         let thread = std::thread::Builder::new().name("testudo-console".into()).spawn(run);
-        let thread = thread.map_err(|error| Error::Machine(format!("cannot start a thread: {error}")))?;
+        let thread =
+            thread.map_err(|error| Error::Machine(format!("cannot start a thread: {error}")))?;
         Ok(Self { status, thread: Some(thread) })
     }
 
@@ -130,7 +137,8 @@ impl Console {
     }
 }
 
-/// Starts the thread that blocks on standard input. It is never joined: nothing can interrupt its read.
+/// Starts the thread that blocks on standard input. It is never joined: nothing can interrupt its
+/// read.
 fn read_lines(status: &Arc<Status>) -> Result<rtrb::Consumer<Line>, Error> {
     let (mut send, receive) = rtrb::RingBuffer::new(AHEAD);
     let status = Arc::clone(status);
@@ -171,7 +179,13 @@ fn read_lines(status: &Arc<Status>) -> Result<rtrb::Consumer<Line>, Error> {
 }
 
 impl Pump {
-    fn new(plan: &Plan, settings: &Settings, scene: &Scene, status: &Arc<Status>, supervisor: usize) -> Self {
+    fn new(
+        plan: &Plan,
+        settings: &Settings,
+        scene: &Scene,
+        status: &Arc<Status>,
+        supervisor: usize,
+    ) -> Self {
         let (inputs, outputs) = super::launch::console_ends(plan, scene, supervisor);
         Self {
             status: Arc::clone(status),
@@ -197,7 +211,8 @@ impl Pump {
                 return Ok(());
             }
             let seen = self.status.lines.load(Ordering::Acquire);
-            let values: Vec<u32> = self.bells.iter().map(|(bell, _)| bell.load(Ordering::Acquire)).collect();
+            let values: Vec<u32> =
+                self.bells.iter().map(|(bell, _)| bell.load(Ordering::Acquire)).collect();
             wait::announce(&self.own.sleeping);
             let moved = self.move_input()? | self.move_output(&mut out)?;
             if moved {
@@ -274,7 +289,8 @@ impl Pump {
             moved = true;
             self.limit -= 1;
             if let Some(rate) = self.rate {
-                self.next_ns = self.next_ns.max(now_ns().saturating_sub(10_000_000)) + 1_000_000_000 / rate;
+                self.next_ns =
+                    self.next_ns.max(now_ns().saturating_sub(10_000_000)) + 1_000_000_000 / rate;
             }
             self.input_is_over = self.limit == 0;
         }
@@ -311,7 +327,9 @@ impl Pump {
                             .map_err(|fault| Error::job("standard output", fault.to_string()))?;
                         for line in lines {
                             let text = line.view.as_bytes();
-                            out.write_all(text).and_then(|()| out.write_all(b"\n")).map_err(|e| broken(&e))?;
+                            out.write_all(text)
+                                .and_then(|()| out.write_all(b"\n"))
+                                .map_err(|e| broken(&e))?;
                         }
                     }
                     Frame::Mark(_) => {}
@@ -324,7 +342,8 @@ impl Pump {
                 return Err(Error::job("standard output", format!("its ring is damaged: {fault}")));
             }
             if moved {
-                // What is given back must be out of this process first, or a killed supervisor loses it unseen.
+                // What is given back must be out of this process first, or a killed supervisor
+                // loses it unseen.
                 out.flush().map_err(|error| broken(&error))?;
                 ring.publish();
             }
@@ -341,7 +360,10 @@ fn send_line(ring: &mut Producer, line: &str) -> Result<bool, Error> {
     if bytes as u64 + 256 > ring.capacity() {
         return Err(Error::job(
             "standard input",
-            format!("a line of {bytes} bytes does not fit into a ring of {}; raise --ring-bytes", ring.capacity()),
+            format!(
+                "a line of {bytes} bytes does not fit into a ring of {}; raise --ring-bytes",
+                ring.capacity()
+            ),
         ));
     }
     let Some(mut frame) = ring.reserve(bytes) else {

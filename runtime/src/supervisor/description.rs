@@ -1,5 +1,5 @@
-//! What the supervisor tells every worker: settings, the plan's hash, and which inherited descriptor is which segment.
-//! It stands as JSON behind the control header.
+//! What the supervisor tells every worker: settings, the plan's hash, and which inherited
+//! descriptor is which segment. It stands as JSON behind the control header.
 //!
 //! Written by `launch`, read by `entry` in workers, which trust it no further than its checks.
 
@@ -49,32 +49,44 @@ impl Description {
         let control = Segment::adopt(control, bytes)?;
         let arena = Arena::reserve(PAGE + DESCRIPTION_BYTES)?;
         arena.map(control.fd().as_fd(), 0, PAGE + DESCRIPTION_BYTES, 0, Access::Peer)?;
-        // SAFETY: the page is mapped; the header does not outlive this function, and neither does the arena.
+        // SAFETY: the page is mapped; the header does not outlive this function, and neither does
+        // the arena.
         let head = unsafe { header::at::<ControlHeader>(arena.base()) };
-        let (magic, version) = (head.magic.load(Ordering::Acquire), head.version.load(Ordering::Relaxed));
+        let (magic, version) =
+            (head.magic.load(Ordering::Acquire), head.version.load(Ordering::Relaxed));
         if magic != MAGIC || version != LAYOUT_VERSION {
             return Err(Error::Machine(format!(
                 "the control segment has layout {version}, this program {LAYOUT_VERSION}"
             )));
         }
-        let length = (head.description_bytes.load(Ordering::Relaxed) as usize).min(DESCRIPTION_BYTES);
-        // SAFETY: the description pages are mapped, and complete since before this process was spawned.
+        let length =
+            (head.description_bytes.load(Ordering::Relaxed) as usize).min(DESCRIPTION_BYTES);
+        // SAFETY: the description pages are mapped, and complete since before this process was
+        // spawned.
         let text = unsafe { std::slice::from_raw_parts(arena.base().add(PAGE), length) };
-        let description = serde_json::from_slice(text)
-            .map_err(|error| Error::Machine(format!("the job's description cannot be read: {error}")))?;
+        let description = serde_json::from_slice(text).map_err(|error| {
+            Error::Machine(format!("the job's description cannot be read: {error}"))
+        })?;
         Ok((description, control))
     }
 
     /// Writes the description behind the header at the start of the supervisor's mapping.
-    pub(crate) fn write(&self, arena: &Arena, control_at: usize, head: &ControlHeader) -> Result<(), Error> {
+    pub(crate) fn write(
+        &self,
+        arena: &Arena,
+        control_at: usize,
+        head: &ControlHeader,
+    ) -> Result<(), Error> {
         let text = serde_json::to_vec(self).map_err(|error| Error::Plan(error.to_string()))?;
         if text.len() > DESCRIPTION_BYTES {
             return Err(Error::Plan(format!(
-                "the job's description has {} bytes, more than {DESCRIPTION_BYTES}; use fewer key groups",
+                "the job's description has {} bytes, more than {DESCRIPTION_BYTES}; \
+                 use fewer key groups",
                 text.len()
             )));
         }
-        // SAFETY: DESCRIPTION_BYTES behind the header are mapped writable, and nobody else runs yet.
+        // SAFETY: DESCRIPTION_BYTES behind the header are mapped writable, and nobody else runs
+        // yet.
         unsafe {
             let place = arena.at(control_at + PAGE);
             std::ptr::copy_nonoverlapping(text.as_ptr(), place, text.len());

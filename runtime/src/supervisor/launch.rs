@@ -1,5 +1,5 @@
-//! Launching: from a described job to its report. Creates and maps the segments, starts the workers, then waits and acts
-//! until the job is over.
+//! Launching: from a described job to its report. Creates and maps the segments, starts the
+//! workers, then waits and acts until the job is over.
 //!
 //! Called by `testudo::main` and by programs that embed a job ([`Job`]).
 
@@ -29,8 +29,8 @@ use testudo_shm::primitive::Ordering;
 use testudo_shm::segment::Segment;
 use testudo_shm::wait::{self, WaitWord};
 
-/// A job inside another program: the program's main begins with [`init`](crate::init), and the job's function is a plain
-/// `fn`, found again in the worker processes.
+/// A job inside another program: the program's main begins with [`init`](crate::init), and the
+/// job's function is a plain `fn`, found again in the worker processes.
 ///
 /// ```no_run
 /// use testudo::prelude::*;
@@ -58,7 +58,11 @@ impl Job {
     /// A job described by `build`, which gets [`Job::parameters`] in every process.
     #[must_use]
     pub fn new(build: fn(&Flow, &str)) -> Self {
-        Self { build, parameters: String::new(), settings: Settings { progress: false, ..Settings::default() } }
+        Self {
+            build,
+            parameters: String::new(),
+            settings: Settings { progress: false, ..Settings::default() },
+        }
     }
 
     /// Text handed to the job's function: what the job is to do, in whatever form it likes.
@@ -98,7 +102,8 @@ impl Job {
         let entry = entry_offset(self.build);
         let parameters = self.parameters.clone();
         let build = move |flow: &Flow| (self.build)(flow, &parameters);
-        let launch = Launch { settings: self.settings, parameters: self.parameters, entry, signals: None };
+        let launch =
+            Launch { settings: self.settings, parameters: self.parameters, entry, signals: None };
         launch.run(build, events, started)
     }
 }
@@ -176,7 +181,8 @@ impl Launch {
         let begun = std::time::Instant::now();
         let crew = Crew::start(&plan, &self.settings, &stage, &watch, Spawner::new(), self.entry)?;
         started(View { workers: stage.workers.clone() });
-        let mut running = Play { plan: &plan, settings: &self.settings, scene: &stage, watch, crew };
+        let mut running =
+            Play { plan: &plan, settings: &self.settings, scene: &stage, watch, crew };
         let console = Console::start(&plan, &self.settings, &stage, &events)?;
         let result = running.wait(&events, &console);
         running.crew.end(result.is_err());
@@ -200,7 +206,8 @@ impl Launch {
             if need <= limit {
                 if self.settings.key_groups < asked {
                     eprintln!(
-                        "testudo: {asked} key groups need more than the {limit} descriptors allowed (ulimit -n); \
+                        "testudo: {asked} key groups need more than the {limit} descriptors \
+                         allowed (ulimit -n); \
                          using {}",
                         self.settings.key_groups
                     );
@@ -209,7 +216,8 @@ impl Launch {
             }
             if self.settings.key_groups == 1 {
                 return Err(Error::Machine(format!(
-                    "the job needs {need} descriptors, the limit is {limit}; raise it with ulimit -n"
+                    "the job needs {need} descriptors, the limit is {limit}; \
+                     raise it with ulimit -n"
                 )));
             }
             self.settings.key_groups /= 2;
@@ -251,7 +259,12 @@ pub(crate) struct Scene {
 }
 
 impl Scene {
-    fn build(plan: &Plan, launch: &Launch, surveys: Vec<String>, watch: &Watch) -> Result<Self, Error> {
+    fn build(
+        plan: &Plan,
+        launch: &Launch,
+        surveys: Vec<String>,
+        watch: &Watch,
+    ) -> Result<Self, Error> {
         let layout = &plan.layout;
         let supervisor = plan.supervisor();
         let name = &launch.settings.name;
@@ -271,12 +284,15 @@ impl Scene {
         let events = if wait::has_wait_any() && plan.workers + 1 < wait::FUTEX_WAITV_MAX {
             Vec::new()
         } else {
-            eprintln!("testudo: this kernel cannot wait on several futexes; workers sleep on eventfds");
+            eprintln!(
+                "testudo: this kernel cannot wait on several futexes; workers sleep on eventfds"
+            );
             (0..=plan.workers).map(|_| event_fd()).collect::<Result<Vec<_>, _>>()?
         };
         let arena = supervisor_arena(plan, &control, &segments)?;
         // SAFETY: the fronts of all segments are mapped for good.
-        let control_header = unsafe { header::at::<ControlHeader>(arena.at(layout.segments[supervisor].at)) };
+        let control_header =
+            unsafe { header::at::<ControlHeader>(arena.at(layout.segments[supervisor].at)) };
         let workers = layout.segments[..supervisor]
             .iter()
             // SAFETY: as above.
@@ -329,12 +345,17 @@ impl Scene {
     }
 
     /// The parts of a ring, in the supervisor's address space.
-    pub(crate) fn ring_parts(&self, plan: &Plan, ring: &crate::plan::layout::RingPlan) -> testudo_shm::ring::RingParts {
+    pub(crate) fn ring_parts(
+        &self,
+        plan: &Plan,
+        ring: &crate::plan::layout::RingPlan,
+    ) -> testudo_shm::ring::RingParts {
         ring_parts(self.arena, plan, ring)
     }
 }
 
-/// Creates a segment. Its name is for people who look at /proc; the kernel takes no more than 249 bytes of it.
+/// Creates a segment. Its name is for people who look at /proc; the kernel takes no more than 249
+/// bytes of it.
 fn segment(name: &str, bytes: usize) -> Result<Segment, Error> {
     const LONGEST: usize = 200;
     let mut end = name.len().min(LONGEST);
@@ -344,7 +365,8 @@ fn segment(name: &str, bytes: usize) -> Result<Segment, Error> {
     Ok(Segment::create(&name[..end], bytes)?)
 }
 
-/// Maps the control segment writable, the workers' fronts and the rings to the supervisor read-only.
+/// Maps the control segment writable, the workers' fronts and the rings to the supervisor
+/// read-only.
 fn supervisor_arena(
     plan: &Plan,
     control: &Segment,
@@ -352,7 +374,8 @@ fn supervisor_arena(
 ) -> Result<&'static Arena, Error> {
     let layout = &plan.layout;
     let supervisor = plan.supervisor();
-    // Kept for the rest of the process: rings and headers point into it. It reserves addresses, not memory.
+    // Kept for the rest of the process: rings and headers point into it. It reserves addresses, not
+    // memory.
     let arena: &'static Arena = Box::leak(Box::new(Arena::reserve(layout.arena_bytes)?));
     let own = &layout.segments[supervisor];
     arena.map(control.fd(), 0, own.front, own.at, Access::Owner)?;
@@ -423,10 +446,13 @@ pub(crate) fn console_ends(
     let rings = &plan.layout.rings;
     let inputs = rings.iter().filter(|ring| ring.from == supervisor);
     let outputs = rings.iter().filter(|ring| ring.to == supervisor);
-    // SAFETY: mapped by `supervisor_arena` for good; the console's thread is the only one that uses these ends.
+    // SAFETY: mapped by `supervisor_arena` for good; the console's thread is the only one that uses
+    // these ends.
     unsafe {
-        let producer = |ring| testudo_shm::producer::Producer::attach(scene.ring_parts(plan, ring), 0);
-        let consumer = |ring| testudo_shm::consumer::Consumer::attach(scene.ring_parts(plan, ring), 0);
+        let producer =
+            |ring| testudo_shm::producer::Producer::attach(scene.ring_parts(plan, ring), 0);
+        let consumer =
+            |ring| testudo_shm::consumer::Consumer::attach(scene.ring_parts(plan, ring), 0);
         (inputs.map(producer).collect(), outputs.map(consumer).collect())
     }
 }

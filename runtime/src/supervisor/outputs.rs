@@ -1,5 +1,5 @@
-//! Outputs: one job per file or folder. Claimed with a lock that the workers inherit, so that it is held until the last
-//! process that could write is gone; then emptied.
+//! Outputs: one job per file or folder. Claimed with a lock that the workers inherit, so that it is
+//! held until the last process that could write is gone; then emptied.
 //!
 //! Called by `launch` before any worker starts.
 
@@ -63,20 +63,24 @@ fn refuse(path: &Path, error: &std::io::Error) -> Error {
     Error::Plan(format!("cannot write output {}: {error}", path.display()))
 }
 
-/// Locks the file, waiting a little for a job that is dying. The lock belongs to the open file, which workers inherit.
+/// Locks the file, waiting a little for a job that is dying. The lock belongs to the open file,
+/// which workers inherit.
 fn lock(file: &File, output: &Path, inode: u64) -> Result<(), Error> {
     let begun = Instant::now();
     loop {
         // SAFETY: plain system call on an open descriptor.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-            // SAFETY: as above: workers are to inherit it, so that it outlives a killed supervisor until they end.
+            // SAFETY: as above: workers are to inherit it, so that it outlives a killed supervisor
+            // until they end.
             unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) };
             return Ok(());
         }
         if begun.elapsed() > PATIENCE {
-            let holder = holder(inode).map_or("another process".into(), |pid| format!("process {pid}"));
+            let holder =
+                holder(inode).map_or("another process".into(), |pid| format!("process {pid}"));
             return Err(Error::Plan(format!(
-                "output {} is being written by {holder}; wait for it, stop it, or choose another output",
+                "output {} is being written by {holder}; \
+                 wait for it, stop it, or choose another output",
                 output.display()
             )));
         }
@@ -94,7 +98,8 @@ fn holder(inode: u64) -> Option<u32> {
     })
 }
 
-/// Empties an output: truncates the file, or removes old parts and makes new ones. Headers are written here.
+/// Empties an output: truncates the file, or removes old parts and makes new ones. Headers are
+/// written here.
 fn empty(output: &Output, parts: usize, is_regular: bool) -> Result<(), Error> {
     for path in files(output, parts)? {
         if output.parts.is_none() && !is_regular {
@@ -108,7 +113,8 @@ fn empty(output: &Output, parts: usize, is_regular: bool) -> Result<(), Error> {
     Ok(())
 }
 
-/// The files of an output; for a folder, those of the parts, after removing what an earlier job left there.
+/// The files of an output; for a folder, those of the parts, after removing what an earlier job
+/// left there.
 fn files(output: &Output, parts: usize) -> Result<Vec<PathBuf>, Error> {
     let Some(extension) = &output.parts else {
         return Ok(vec![output.path.clone()]);

@@ -33,7 +33,8 @@ impl<'a> Progress<'a> {
         let now = Instant::now();
         let records = counter_sum(self.plan, self.scene, "source", CounterKind::Out);
         let (at, before) = self.last.unwrap_or((now, records));
-        let rate = (records - before.min(records)) as f64 / now.duration_since(at).as_secs_f64().max(1e-9);
+        let rate =
+            (records - before.min(records)) as f64 / now.duration_since(at).as_secs_f64().max(1e-9);
         self.last = Some((now, records));
         let watermark = match lowest_watermark(self.plan, self.scene) {
             Some(millis) => format!("watermark {}", crate::time::utc(millis)),

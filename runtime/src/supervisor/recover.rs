@@ -1,8 +1,8 @@
 //! The crew: the worker processes of a job, and what is done when one dies.
 //!
-//! A death is seen in the worker's death word (R1) or, for one before its claim, by the end of the process. The whole dead
-//! process is killed before its successor runs (R2): helper threads may outlive the data thread. The successor is a fresh
-//! process that attaches to the same segments.
+//! A death is seen in the worker's death word (R1) or, for one before its claim, by the end of the
+//! process. The whole dead process is killed before its successor runs (R2): helper threads may
+//! outlive the data thread. The successor is a fresh process that attaches to the same segments.
 //!
 //! Only deaths with no commit in between count against the budget; they are also spaced out.
 //!
@@ -81,7 +81,14 @@ impl<'a> Crew<'a> {
         entry: isize,
     ) -> Result<Self, Error> {
         let members = (0..plan.workers)
-            .map(|_| Member { child: None, lives: 0, commits: 0, deaths: 0, due_ns: None, recovering: None })
+            .map(|_| Member {
+                child: None,
+                lives: 0,
+                commits: 0,
+                deaths: 0,
+                due_ns: None,
+                recovering: None,
+            })
             .collect();
         let (dying, restarts) = (Vec::new(), Vec::new());
         let mut crew = Self { plan, settings, scene, spawner, entry, members, dying, restarts };
@@ -111,7 +118,8 @@ impl<'a> Crew<'a> {
         Ok(())
     }
 
-    /// Looks at every worker, replaces the dead, and returns the death words to sleep on, with their values.
+    /// Looks at every worker, replaces the dead, and returns the death words to sleep on, with
+    /// their values.
     pub(crate) fn look(&mut self, watch: &Watch) -> Result<Vec<(usize, u32)>, Error> {
         self.reap_dying();
         let mut words = Vec::with_capacity(self.members.len());
@@ -121,7 +129,8 @@ impl<'a> Crew<'a> {
             self.note_recovery(worker);
             if let Some(child) = &self.members[worker].child {
                 let pid = child.pid;
-                // A word of an earlier life stays marked until the successor has claimed; only its own end counts.
+                // A word of an earlier life stays marked until the successor has claimed; only its
+                // own end counts.
                 let is_own = self.scene.workers[worker].pid.load(Ordering::Acquire) == pid as u32;
                 if is_own && death::is_dead(word) {
                     self.died(worker, None)?;
@@ -160,7 +169,11 @@ impl<'a> Crew<'a> {
         member.deaths = if commits == member.commits { member.deaths + 1 } else { 1 };
         member.commits = commits;
         let deaths = member.deaths;
-        let pause = if deaths > 1 { (PAUSE * (1 << deaths.min(16))).min(PAUSE_MAX) } else { Duration::ZERO };
+        let pause = if deaths > 1 {
+            (PAUSE * (1 << deaths.min(16))).min(PAUSE_MAX)
+        } else {
+            Duration::ZERO
+        };
         member.due_ns = Some(seen_ns + pause.as_nanos() as u64);
         let restart = self.restarts.len();
         member.recovering = Some(restart);
@@ -199,11 +212,12 @@ impl<'a> Crew<'a> {
 
     fn last_words(&self, worker: usize) -> String {
         let page = last_words(self.scene.arena, self.plan.layout.segments[worker].at);
-        
+
         page.read()
     }
 
-    /// Writes down how long a recovery took, once the successor has processed something or found nothing to do.
+    /// Writes down how long a recovery took, once the successor has processed something or found
+    /// nothing to do.
     fn note_recovery(&mut self, worker: usize) {
         let Some(restart) = self.members[worker].recovering else {
             return;
@@ -236,7 +250,10 @@ impl<'a> Crew<'a> {
     /// True when every worker says that its stages are done.
     pub(crate) fn all_finished(&self) -> bool {
         self.members.iter().zip(&self.scene.workers).all(|(member, header)| {
-            member.child.as_ref().is_some_and(|child| child.pid as u32 == header.pid.load(Ordering::Acquire))
+            member
+                .child
+                .as_ref()
+                .is_some_and(|child| child.pid as u32 == header.pid.load(Ordering::Acquire))
                 && header.state.load(Ordering::Acquire) == WorkerState::Finished as u32
         })
     }
@@ -246,12 +263,14 @@ impl<'a> Crew<'a> {
         let now = now_ns();
         let due = self.members.iter().filter_map(|member| member.due_ns).min();
         let due = due.map(|due| Duration::from_nanos(due.saturating_sub(now)));
-        let is_open = self.members.iter().any(|member| member.recovering.is_some()) || !self.dying.is_empty();
+        let is_open =
+            self.members.iter().any(|member| member.recovering.is_some()) || !self.dying.is_empty();
         let soon = is_open.then_some(Duration::from_millis(5));
         due.into_iter().chain(soon).min()
     }
 
-    /// Waits for all processes to end, killing them first when the job failed. After this none of ours is left.
+    /// Waits for all processes to end, killing them first when the job failed. After this none of
+    /// ours is left.
     pub(crate) fn end(&mut self, at_once: bool) {
         for worker in 0..self.members.len() {
             self.note_recovery(worker);

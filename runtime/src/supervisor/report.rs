@@ -1,4 +1,5 @@
-//! The final report: what went in and out, what was refused, late or dropped, who died and how soon it was back.
+//! The final report: what went in and out, what was refused, late or dropped, who died and how soon
+//! it was back.
 //!
 //! Called by `launch` at the end; sums come from the counters in the workers' shared pages.
 
@@ -82,7 +83,9 @@ impl Report {
             dropped: sum("", CounterKind::Dropped),
             elapsed_s,
             rate_per_s: records_in as f64 / elapsed_s.max(1e-9),
-            counters: names.map(|(i, name)| (name.clone(), sum_at(plan, scene, first + i))).collect(),
+            counters: names
+                .map(|(i, name)| (name.clone(), sum_at(plan, scene, first + i)))
+                .collect(),
             restarts,
         }
     }
@@ -94,15 +97,25 @@ impl Report {
             return serde_json::to_string(self).unwrap_or_default() + "\n";
         }
         let mut text = format!(
-            "{}: {} records in, {} out, {} late, {} rejected, {} dropped; {:.3} s, {:.0} records/s, {} workers\n",
-            self.name, self.records_in, self.records_out, self.late, self.rejected, self.dropped,
-            self.elapsed_s, self.rate_per_s, self.workers
+            "{}: {} records in, {} out, {} late, {} rejected, {} dropped; \
+             {:.3} s, {:.0} records/s, {} workers\n",
+            self.name,
+            self.records_in,
+            self.records_out,
+            self.late,
+            self.rejected,
+            self.dropped,
+            self.elapsed_s,
+            self.rate_per_s,
+            self.workers
         );
         for (name, value) in &self.counters {
             let _ = writeln!(text, "  {name}: {value}");
         }
         for restart in self.restarts.iter().take(20) {
-            let took = restart.recovery_us.map_or("unknown".into(), |us| format!("{:.1} ms", us as f64 / 1e3));
+            let took = restart
+                .recovery_us
+                .map_or("unknown".into(), |us| format!("{:.1} ms", us as f64 / 1e3));
             let words = restart.last_words.lines().next().unwrap_or("");
             let _ = writeln!(
                 text,
@@ -143,5 +156,7 @@ pub(crate) fn lowest_watermark(plan: &Plan, scene: &Scene) -> Option<i64> {
     let noted = scene.workers[..plan.workers].iter().map(|header| {
         header.watermark.load(testudo_shm::primitive::Ordering::Relaxed).cast_signed()
     });
-    noted.filter(|watermark| *watermark != 0 && *watermark != i64::MAX && *watermark != i64::MIN).min()
+    noted
+        .filter(|watermark| *watermark != 0 && *watermark != i64::MAX && *watermark != i64::MIN)
+        .min()
 }

@@ -1,5 +1,6 @@
-//! Starts worker processes: the same executable through posix_spawn (vfork and exec), from one thread that lives as long
-//! as the job (R3: a fork of a large parent costs milliseconds, and parent-death signals follow the spawning thread).
+//! Starts worker processes: the same executable through posix_spawn (vfork and exec), from one
+//! thread that lives as long as the job (R3: a fork of a large parent costs milliseconds, and
+//! parent-death signals follow the spawning thread).
 //!
 //! Called by `launch` and `recover`.
 
@@ -63,7 +64,9 @@ impl Spawner {
         let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         if pidfd < 0 {
             let error = std::io::Error::last_os_error();
-            return Err(Error::Machine(format!("cannot watch worker {worker} (pidfd_open): {error}")));
+            return Err(Error::Machine(format!(
+                "cannot watch worker {worker} (pidfd_open): {error}"
+            )));
         }
         // SAFETY: the descriptor was just returned by the kernel.
         Ok(Child { pid, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd as i32) } })
@@ -75,12 +78,13 @@ fn raw_spawn(
     environment: &[*mut libc::c_char],
     descriptors: &[i32],
 ) -> Result<i32, std::io::Error> {
-    let check = |code: i32| if code == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(code)) };
+    let check =
+        |code: i32| if code == 0 { Ok(()) } else { Err(std::io::Error::from_raw_os_error(code)) };
     let mut actions = std::mem::MaybeUninit::<libc::posix_spawn_file_actions_t>::uninit();
     let mut attributes = std::mem::MaybeUninit::<libc::posix_spawnattr_t>::uninit();
     let mut pid = 0;
-    // SAFETY: both structures are initialised before use and destroyed after; the pointer lists end in null and their
-    // strings are alive in the caller.
+    // SAFETY: both structures are initialised before use and destroyed after; the pointer lists end
+    // in null and their strings are alive in the caller.
     unsafe {
         check(libc::posix_spawn_file_actions_init(actions.as_mut_ptr()))?;
         check(libc::posix_spawnattr_init(attributes.as_mut_ptr()))?;
@@ -148,7 +152,8 @@ pub(crate) fn reap(pid: i32, wait: bool) -> Option<Exit> {
     let mut status = 0;
     loop {
         // SAFETY: status is a valid place for the result.
-        let got = unsafe { libc::waitpid(pid, &raw mut status, if wait { 0 } else { libc::WNOHANG }) };
+        let got =
+            unsafe { libc::waitpid(pid, &raw mut status, if wait { 0 } else { libc::WNOHANG }) };
         if got < 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted {
             continue;
         }

@@ -1,7 +1,8 @@
-//! What the supervisor waits for, put together into one word: ended processes, signals, workers' notices.
+//! What the supervisor waits for, put together into one word: ended processes, signals, workers'
+//! notices.
 //!
-//! Deaths themselves are seen in the death words (R1), on which the supervisor sleeps directly; a small thread polls the
-//! slower sources and bumps the word.
+//! Deaths themselves are seen in the death words (R1), on which the supervisor sleeps directly; a
+//! small thread polls the slower sources and bumps the word.
 //!
 //! Called by `launch`.
 
@@ -65,7 +66,8 @@ fn owned(fd: i32, what: &str) -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Blocks SIGINT and SIGTERM in this thread (and those it starts) and gives a descriptor that reads them.
+/// Blocks SIGINT and SIGTERM in this thread (and those it starts) and gives a descriptor that reads
+/// them.
 pub(crate) fn signal_fd() -> Result<OwnedFd, Error> {
     let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: the set is initialised before it is used.
@@ -80,7 +82,8 @@ pub(crate) fn signal_fd() -> Result<OwnedFd, Error> {
 }
 
 impl Watch {
-    /// Starts watching; `signals` comes from [`signal_fd`] where this process is to end jobs on signals.
+    /// Starts watching; `signals` comes from [`signal_fd`] where this process is to end jobs on
+    /// signals.
     pub(crate) fn start(events: Arc<Events>, signals: Option<OwnedFd>) -> Result<Self, Error> {
         // SAFETY: plain system call.
         let epoll = owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }, "epoll_create1")?;
@@ -125,7 +128,8 @@ impl Drop for Watch {
 fn add(epoll: &OwnedFd, fd: i32, events: i32, what: u64) -> Result<(), Error> {
     let mut event = libc::epoll_event { events: events as u32, u64: what };
     // SAFETY: both descriptors are open and event is a valid place.
-    let done = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) };
+    let done =
+        unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, fd, &raw mut event) };
     if done != 0 {
         return Err(Error::Machine(format!("epoll_ctl: {}", std::io::Error::last_os_error())));
     }

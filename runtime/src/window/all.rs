@@ -1,5 +1,6 @@
-//! Windows over everything, in two stages: each subtask folds its own records into one accumulator per slice and sends
-//! that once the watermark has passed the slice; one subtask merges them and fires the windows.
+//! Windows over everything, in two stages: each subtask folds its own records into one accumulator
+//! per slice and sends that once the watermark has passed the slice; one subtask merges them and
+//! fires the windows.
 //!
 //! Invariants:
 //! - the accumulator in use is a private copy only within a batch: `end_batch` writes it back (R6);

@@ -1,10 +1,12 @@
-//! Windows by key: one table per slice and key group; on firing, the slices of a window are merged key by key.
+//! Windows by key: one table per slice and key group; on firing, the slices of a window are merged
+//! key by key.
 //!
 //! Invariants:
-//! - a firing window keeps its cursor in a cell and fires only as much as the operators behind have room for (R7);
-//!   until it is through, this operator takes no input and hands on no watermark;
+//! - a firing window keeps its cursor in a cell and fires only as much as the operators behind have
+//!   room for (R7); until it is through, this operator takes no input and hands on no watermark;
 //! - windows fire in the order of their ends; slices that no later window needs are dropped whole;
-//! - a record is late when the last window that would contain it has fired: it goes to the side, or is counted.
+//! - a record is late when the last window that would contain it has fired: it goes to the side, or
+//!   is counted.
 //!
 //! Called through [`Push`], always right behind a hash exchange.
 
@@ -22,7 +24,8 @@ use testudo_state::{Groups, KeyHash, Slices};
 /// Slots of dropped slices looked at for freeing in one call.
 const SWEEP: u64 = 512;
 
-/// How far the window that is firing has come: {its end, group, slice of the window, slot cursor + 1 or 0 for the start}.
+/// How far the window that is firing has come: {its end, group, slice of the window, slot cursor +
+/// 1 or 0 for the start}.
 pub type FireCursor = [i64; 4];
 
 /// Nothing is firing.
@@ -152,7 +155,8 @@ where
         cx.txn.get(self.cells.passed) < cx.txn.get(self.cells.watermark)
     }
 
-    /// Fires what is due while there is room, then hands the watermark on. True when something was done.
+    /// Fires what is due while there is room, then hands the watermark on. True when something was
+    /// done.
     fn fire(&mut self, cx: &mut Cx) -> bool {
         if !self.is_pending(cx) {
             return !self.slices.sweep(&mut cx.txn, SWEEP);
@@ -191,7 +195,8 @@ where
                 (group, slice, slot) = (group + 1, 0, 0);
                 continue;
             };
-            let after = self.fire_run(cx, bounds, &slices, *id, (group as u32, slot as u64), &mut left);
+            let after =
+                self.fire_run(cx, bounds, &slices, *id, (group as u32, slot as u64), &mut left);
             match after {
                 Some(at) => slot = at as i64,
                 None => (slice, slot) = (slice + 1, 0),
@@ -206,7 +211,8 @@ where
         true
     }
 
-    /// Emits entries of slice `id` from a slot cursor on; each key once, at the first slice that has it.
+    /// Emits entries of slice `id` from a slot cursor on; each key once, at the first slice that
+    /// has it.
     fn fire_run(
         &mut self,
         cx: &mut Cx,

@@ -1,11 +1,15 @@
-//! Attaching: how a worker process takes its place, the first one and every successor alike. This is recovery.
+//! Attaching: how a worker process takes its place, the first one and every successor alike. This
+//! is recovery.
 //!
 //! Order (each step has a kill point, see `testing`):
-//! 1. map: the control segment and peers' fronts read-only, one's own segment and key groups writable;
-//! 2. claim the segment: exactly one process wins (R2); from here on this thread's death is seen in the death words;
+//! 1. map: the control segment and peers' fronts read-only, one's own segment and key groups
+//!    writable;
+//! 2. claim the segment: exactly one process wins (R2); from here on this thread's death is seen in
+//!    the death words;
 //! 3. roll the undo log back, before anything looks at state (R11);
 //! 4. open cells, ring ends, tables and stages from what is there, or make them: one transaction;
-//! 5. publish every position again and ring every bell, since the dead may have committed without doing so.
+//! 5. publish every position again and ring every bell, since the dead may have committed without
+//!    doing so.
 //!
 //! Called by `entry`; `Attach` is what stages are built with.
 
@@ -23,7 +27,10 @@ use crate::exchange::outlet::{Lane, Outlet};
 use crate::exchange::route::{Route, owner_of};
 use crate::flow::Flow;
 use crate::operator::Intake;
-use crate::plan::layout::{COUNTERS_AT, CELLS_BYTES, LAST_WORDS_AT, LOG_BYTES, LOG_SOFT_BYTES, RingPlan, SPILL_BYTES, lanes, stride};
+use crate::plan::layout::{
+    CELLS_BYTES, COUNTERS_AT, LAST_WORDS_AT, LOG_BYTES, LOG_SOFT_BYTES, RingPlan, SPILL_BYTES,
+    lanes, stride,
+};
 use crate::plan::{CounterKind, Grouping, Plan};
 use crate::source::Subtask;
 use crate::supervisor::description::Description;
@@ -64,7 +71,8 @@ pub struct Worker {
     pub(crate) user_counters: Vec<CounterPlace>,
     /// The eventfd by which the supervisor is told to look.
     pub(crate) notice: i32,
-    /// Whether a ring of this worker leads to the supervisor's ring thread, which sleeps even if workers spin.
+    /// Whether a ring of this worker leads to the supervisor's ring thread, which sleeps even if
+    /// workers spin.
     pub(crate) feeds_supervisor: bool,
     /// The descriptor to sleep on, where the kernel cannot wait on words.
     pub(crate) event: Option<i32>,
@@ -108,7 +116,10 @@ impl Attach {
         // SAFETY: both pages were mapped just now and stay so.
         let (own, control) = unsafe {
             let control = plan.layout.segments[plan.supervisor()].at;
-            (header::at::<WorkerHeader>(arena.at(segment.at)), header::at::<ControlHeader>(arena.at(control)))
+            (
+                header::at::<WorkerHeader>(arena.at(segment.at)),
+                header::at::<ControlHeader>(arena.at(control)),
+            )
         };
         point(Point::Mapped);
         death::claim(own, || point(Point::Claimed))
@@ -116,7 +127,8 @@ impl Attach {
         announce(own, worker, description);
         let words = last_words(arena, segment.at);
         words.clear();
-        // A successor would fail in the same way: the job ends, and these are the words that it ends with.
+        // A successor would fail in the same way: the job ends, and these are the words that it
+        // ends with.
         Self::take_over(role, description, flow, plan, arena, own, control)
             .or_else(|error| step::give_up(own, words, &error))
     }
@@ -183,18 +195,21 @@ impl Attach {
         Ok((this, stages))
     }
 
-    /// Builds the stages of this worker, consumers before producers, so that hand-overs find their intake.
+    /// Builds the stages of this worker, consumers before producers, so that hand-overs find their
+    /// intake.
     fn build_stages(&mut self, flow: &Flow) -> Result<Vec<StageRef>, Error> {
-        let factories: Vec<_> = flow.draft.borrow_mut().factories.iter_mut().map(Option::take).collect();
+        let factories: Vec<_> =
+            flow.draft.borrow_mut().factories.iter_mut().map(Option::take).collect();
         let order = downstream_first(&self.plan);
         let mut factories: HashMap<usize, _> = factories.into_iter().enumerate().collect();
         let mut stages = Vec::new();
         for stage in order {
             let factory = factories.remove(&stage).flatten();
             if self.plan.subtask(stage, self.worker).is_some()
-                && let Some(factory) = factory {
-                    stages.push(factory(self)?);
-                }
+                && let Some(factory) = factory
+            {
+                stages.push(factory(self)?);
+            }
         }
         Ok(stages)
     }
@@ -206,7 +221,8 @@ impl Attach {
             let name = edge_name(&plan, ring);
             let cell = self.named_cell(&format!("{name}/tail"), 0u64)?;
             let position = self.cx.txn.get(cell);
-            // SAFETY: mapped by `map_segments` for good; the claim makes this the only live producer.
+            // SAFETY: mapped by `map_segments` for good; the claim makes this the only live
+            // producer.
             let end = unsafe { Producer::attach(self.parts(ring), position) };
             let death = self.death_word(ring.to);
             let out = OutRing { ring: end, cell, committed: position, peer: ring.to, death, name };
@@ -315,12 +331,21 @@ impl Attach {
     }
 
     /// An operator's cell.
-    pub(crate) fn cell<T: Plain>(&mut self, operator: usize, name: &str, initial: T) -> Result<Place<T>, Error> {
+    pub(crate) fn cell<T: Plain>(
+        &mut self,
+        operator: usize,
+        name: &str,
+        initial: T,
+    ) -> Result<Place<T>, Error> {
         let name = format!("{}/{name}", self.plan.operators[operator].uid());
         self.named_cell(&name, initial)
     }
 
-    pub(crate) fn named_cell<T: Plain>(&mut self, name: &str, initial: T) -> Result<Place<T>, Error> {
+    pub(crate) fn named_cell<T: Plain>(
+        &mut self,
+        name: &str,
+        initial: T,
+    ) -> Result<Place<T>, Error> {
         Ok(self.cells.cell(&mut self.cx.txn, name, initial)?)
     }
 
@@ -343,7 +368,11 @@ impl Attach {
     }
 
     /// The outlet of this worker's subtask on an edge.
-    pub(crate) fn outlet<T: Record, R: Route<T>>(&mut self, edge: usize, route: R) -> Result<Outlet<T, R>, Error> {
+    pub(crate) fn outlet<T: Record, R: Route<T>>(
+        &mut self,
+        edge: usize,
+        route: R,
+    ) -> Result<Outlet<T, R>, Error> {
         let plan = Rc::clone(&self.plan);
         let name = format!("edge-{edge}");
         let targets = self.lane_targets(edge);
@@ -358,11 +387,13 @@ impl Attach {
         }
         let segment = plan.layout.segments[self.worker].at;
         let mut spills = Vec::new();
-        for spill in plan.layout.spills.iter().filter(|s| s.edge == edge && s.worker == self.worker) {
+        for spill in plan.layout.spills.iter().filter(|s| s.edge == edge && s.worker == self.worker)
+        {
             let base = self.arena.at(segment + spill.offset);
             let name = format!("{name}/spill-{}", spill.lane);
             // SAFETY: the plan gives this range of our own segment to this lane alone.
-            let spill = unsafe { Spill::attach(&mut self.cx.txn, self.cells, &name, base, SPILL_BYTES) };
+            let spill =
+                unsafe { Spill::attach(&mut self.cx.txn, self.cells, &name, base, SPILL_BYTES) };
             spills.push(spill?);
         }
         Ok(Outlet {
@@ -386,7 +417,8 @@ impl Attach {
             .ok_or_else(|| Error::Plan(format!("edge {edge} has no ring to process {to}")))
     }
 
-    /// The channels of an inlet for an edge; which of them is fed by this worker itself goes to `local`.
+    /// The channels of an inlet for an edge; which of them is fed by this worker itself goes to
+    /// `local`.
     pub(crate) fn channels(
         &mut self,
         edge: usize,
@@ -419,7 +451,12 @@ impl Attach {
     }
 
     /// Says where an edge's local producer hands over.
-    pub(crate) fn offer_intake<T: Record>(&mut self, edge: usize, channel: usize, intake: Rc<RefCell<dyn Intake<T>>>) {
+    pub(crate) fn offer_intake<T: Record>(
+        &mut self,
+        edge: usize,
+        channel: usize,
+        intake: Rc<RefCell<dyn Intake<T>>>,
+    ) {
         self.intakes.insert(edge, (channel, Box::new(intake)));
     }
 
@@ -449,7 +486,8 @@ impl Attach {
         for group in held_groups(&plan, laid.operator, laid.groups, self.worker) {
             let number = if is_whole { 0 } else { group as u32 };
             let base = self.arena.at(laid.at + group * stride(laid.bytes));
-            // SAFETY: mapped writable by `map_segments`, for this worker alone, for good; the log was rolled back.
+            // SAFETY: mapped writable by `map_segments`, for this worker alone, for good; the log
+            // was rolled back.
             let done = unsafe { groups.attach(&mut self.cx.txn, number, base, laid.bytes) };
             done.map_err(|error| Error::job(&spec.name, error.to_string()))?;
         }
@@ -458,7 +496,11 @@ impl Attach {
     }
 
     /// An operator's table.
-    pub(crate) fn table<K: Record, V: Record>(&mut self, operator: usize, name: &str) -> Result<Table<K, V>, Error> {
+    pub(crate) fn table<K: Record, V: Record>(
+        &mut self,
+        operator: usize,
+        name: &str,
+    ) -> Result<Table<K, V>, Error> {
         let groups = self.groups(operator)?;
         groups
             .table(&mut self.cx.txn, name)
@@ -483,7 +525,12 @@ impl Worker {
 }
 
 /// The groups of an operator that a worker holds.
-pub(crate) fn held_groups(plan: &Plan, operator: usize, groups: usize, worker: usize) -> Vec<usize> {
+pub(crate) fn held_groups(
+    plan: &Plan,
+    operator: usize,
+    groups: usize,
+    worker: usize,
+) -> Vec<usize> {
     let spec = &plan.operators[operator];
     let Some(subtask) = plan.subtask(spec.stage, worker) else {
         return Vec::new();
@@ -497,8 +544,10 @@ pub(crate) fn held_groups(plan: &Plan, operator: usize, groups: usize, worker: u
 /// Where a ring lies in this process.
 pub(crate) fn ring_parts(arena: &Arena, plan: &Plan, ring: &RingPlan) -> RingParts {
     let segments = &plan.layout.segments;
-    let (tail, head) = (segments[ring.from].at + ring.tail_word, segments[ring.to].at + ring.head_word);
-    // SAFETY: all three are in ranges that the caller has mapped: the data mirrored, the words in the fronts.
+    let (tail, head) =
+        (segments[ring.from].at + ring.tail_word, segments[ring.to].at + ring.head_word);
+    // SAFETY: all three are in ranges that the caller has mapped: the data mirrored, the words in
+    // the fronts.
     unsafe { RingParts::at(arena.base(), ring.at, ring.bytes, tail, head) }
 }
 
@@ -548,7 +597,13 @@ fn map_segments(
         if process == supervisor {
             arena.map(control.fd(), 0, segment.front, segment.at, Access::Peer)?;
         } else if process == worker {
-            arena.map(files[&process].as_fd(), 0, segment.private_end, segment.at, Access::Owner)?;
+            arena.map(
+                files[&process].as_fd(),
+                0,
+                segment.private_end,
+                segment.at,
+                Access::Owner,
+            )?;
         } else {
             arena.map(files[&process].as_fd(), 0, segment.front, segment.at, Access::Peer)?;
         }
@@ -576,13 +631,15 @@ fn map_segments(
 }
 
 fn attach_txn(arena: &'static Arena, log: usize) -> Txn {
-    // SAFETY: the log lies in our own segment, mapped writable for good; the claim makes us its only writer.
+    // SAFETY: the log lies in our own segment, mapped writable for good; the claim makes us its
+    // only writer.
     unsafe { Txn::attach(arena.base(), arena.len(), arena.at(log), LOG_BYTES, LOG_SOFT_BYTES) }
 }
 
 /// The page of last words in the segment at an arena offset.
 pub(crate) fn last_words(arena: &'static Arena, segment: usize) -> &'static LastWords {
-    // SAFETY: the front of every worker's segment is mapped for good, and this page of it is one of last words.
+    // SAFETY: the front of every worker's segment is mapped for good, and this page of it is one of
+    // last words.
     unsafe { header::at::<LastWords>(arena.at(segment + LAST_WORDS_AT)) }
 }
 

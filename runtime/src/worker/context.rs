@@ -1,8 +1,10 @@
-//! The step's context: the transaction, the ring ends, the counters. Handed down through every operator.
+//! The step's context: the transaction, the ring ends, the counters. Handed down through every
+//! operator.
 //!
 //! Invariants:
-//! - positions of rings are private here; their cells are written by `save_positions` before commit, and what peers read
-//!   is published by `publish` after it, tails before heads (R5's counterpart);
+//! - positions of rings are private here; their cells are written by `save_positions` before
+//!   commit, and what peers read is published by `publish` after it, tails before heads (R5's
+//!   counterpart);
 //! - a failure is noted, not unwound: the step loop ends the step without a commit.
 //!
 //! Called by every operator; driven by `step`.
@@ -25,14 +27,16 @@ pub struct OutRing {
     pub(crate) committed: u64,
     /// Index of the consuming process in the worker's list of peers.
     pub(crate) peer: usize,
-    /// The consumer's death word, where records may be dropped while it is dead (partial completeness).
+    /// The consumer's death word, where records may be dropped while it is dead (partial
+    /// completeness).
     pub(crate) death: Option<&'static AtomicU32>,
     /// What errors call this edge.
     pub(crate) name: String,
 }
 
 impl OutRing {
-    /// Whether records that do not fit are to be dropped: the consumer is dead, and the job does not wait for it.
+    /// Whether records that do not fit are to be dropped: the consumer is dead, and the job does
+    /// not wait for it.
     #[cold]
     pub(crate) fn drops(&self) -> bool {
         self.death.is_some_and(testudo_shm::death::is_dead)
@@ -75,7 +79,8 @@ pub struct Cx {
     pub(crate) draining: bool,
     /// Archived records are validated when taken.
     pub(crate) validate: bool,
-    /// Latest watermark that an event-time operator or an inlet noted: for people, not for decisions.
+    /// Latest watermark that an event-time operator or an inlet noted: for people, not for
+    /// decisions.
     pub(crate) watermark: i64,
     scratch: Vec<Scratch>,
 }
@@ -117,7 +122,8 @@ impl Cx {
         self.failure.get_or_insert(error);
     }
 
-    /// Loads the tails of all input rings: true when any has something (R5: before the control word).
+    /// Loads the tails of all input rings: true when any has something (R5: before the control
+    /// word).
     #[inline]
     pub(crate) fn look(&mut self) -> bool {
         let mut any = false;
@@ -155,7 +161,8 @@ impl Cx {
         }
     }
 
-    /// After the commit: makes tails visible, then heads. Calls `touched` with the peer of each that moved.
+    /// After the commit: makes tails visible, then heads. Calls `touched` with the peer of each
+    /// that moved.
     #[inline]
     pub(crate) fn publish(&mut self, mut touched: impl FnMut(usize)) {
         for out in &mut self.out_rings {
@@ -192,9 +199,11 @@ impl Cx {
         }
     }
 
-    /// The first ring found to hold what cannot be true: it is quarantined, and the job says so (R9).
+    /// The first ring found to hold what cannot be true: it is quarantined, and the job says so
+    /// (R9).
     pub(crate) fn ring_fault(&self) -> Option<Error> {
-        let outs = self.out_rings.iter().filter_map(|r| r.ring.fault().map(|fault| (&r.name, fault)));
+        let outs =
+            self.out_rings.iter().filter_map(|r| r.ring.fault().map(|fault| (&r.name, fault)));
         let ins = self.in_rings.iter().filter_map(|r| {
             r.ring.as_ref().and_then(Consumer::fault).map(|fault| (&r.name, fault))
         });

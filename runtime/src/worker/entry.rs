@@ -1,11 +1,16 @@
-//! Where a worker process begins: the same binary, started again by the supervisor with a few words in its environment.
+//! Where a worker process begins: the same binary, started again by the supervisor with a few words
+//! in its environment.
 //!
-//! Invariants: nothing of the user's runs before the role is known, but what stands before `testudo::init()` in main;
-//! the parent's death ends the worker (checked again after the signal is set, to close the race).
+//! Invariants: nothing of the user's runs before the role is known, but what stands before
+//! `testudo::init()` in main; the parent's death ends the worker (checked again after the signal is
+//! set, to close the race).
 //!
 //! Called by `testudo::init` and `testudo::main`.
 
-#![expect(unsafe_code, reason = "process entry: signals, inherited descriptors, the job's function")]
+#![expect(
+    unsafe_code,
+    reason = "process entry: signals, inherited descriptors, the job's function"
+)]
 
 use super::attach::Attach;
 use super::step;
@@ -15,7 +20,8 @@ use crate::supervisor::description::Description;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 
-/// The environment variable that makes a process a worker: `INDEX:CONTROL_FD:CONTROL_BYTES:ENTRY:LIFE`.
+/// The environment variable that makes a process a worker:
+/// `INDEX:CONTROL_FD:CONTROL_BYTES:ENTRY:LIFE`.
 pub(crate) const ROLE: &str = "TESTUDO_WORKER";
 
 /// Exit code of a worker whose job failed for a reason that a restart does not mend.
@@ -65,8 +71,8 @@ static ANCHOR: u8 = 0;
 /// The job's function behind an offset.
 pub(crate) fn job_at(entry: isize) -> JobFn {
     let address = (&raw const ANCHOR).addr().wrapping_add_signed(entry);
-    // SAFETY: the offset was made by `entry_offset` in the process that spawned this one from the same executable
-    // (/proc/self/exe), so it leads to a function of that type.
+    // SAFETY: the offset was made by `entry_offset` in the process that spawned this one from the
+    // same executable (/proc/self/exe), so it leads to a function of that type.
     unsafe { std::mem::transmute::<usize, JobFn>(address) }
 }
 
@@ -86,7 +92,8 @@ pub(crate) fn run(role: Role, build: impl FnOnce(&Flow, &str)) -> ! {
 fn work(role: Role, build: impl FnOnce(&Flow, &str)) -> Result<(), Error> {
     settle(role.worker);
     crate::testing::arm(role.worker, role.life);
-    // SAFETY: the supervisor left this descriptor open for us; nothing else in this process knows it.
+    // SAFETY: the supervisor left this descriptor open for us; nothing else in this process knows
+    // it.
     let control = unsafe { OwnedFd::from_raw_fd(role.control_fd) };
     let (description, control) = Description::read(control, role.control_bytes)?;
     if description.supervisor != std::os::unix::process::parent_id() {
@@ -99,7 +106,8 @@ fn work(role: Role, build: impl FnOnce(&Flow, &str)) -> Result<(), Error> {
     step::run(worker, stages)
 }
 
-/// Makes this process what a worker should be: named, deaf to the terminal's signals, and gone with its parent.
+/// Makes this process what a worker should be: named, deaf to the terminal's signals, and gone with
+/// its parent.
 fn settle(worker: usize) {
     let name = std::ffi::CString::new(format!("testudo-w{worker}")).unwrap_or_default();
     // SAFETY: plain system calls; name outlives them.

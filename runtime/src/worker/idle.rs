@@ -1,7 +1,8 @@
 //! How a worker waits: spinning, or spinning a while and then sleeping on its peers' bells (R8).
 //!
-//! Waking a sleeper on another core costs it 20 µs and the waker 6 µs, so it spins well past that first; less when there
-//! are more workers than cores, since then the spinning takes the core from whoever has the work.
+//! Waking a sleeper on another core costs it 20 µs and the waker 6 µs, so it spins well past that
+//! first; less when there are more workers than cores, since then the spinning takes the core from
+//! whoever has the work.
 //!
 //! Called by the step loop when a step found nothing to do.
 
@@ -51,7 +52,8 @@ impl Waiter {
         self.since = None;
     }
 
-    /// The step did nothing: spins once, or sleeps. `due_ns` is when a source wants to be called again.
+    /// The step did nothing: spins once, or sleeps. `due_ns` is when a source wants to be called
+    /// again.
     pub(crate) fn wait(
         &mut self,
         cx: &mut Cx,
@@ -71,7 +73,8 @@ impl Waiter {
             return;
         }
         let until_due = due_ns.map_or(SLEEP_MAX, |due| {
-            Duration::from_nanos(due.saturating_sub(now).saturating_sub(self.spin_ns / 2)).min(SLEEP_MAX)
+            Duration::from_nanos(due.saturating_sub(now).saturating_sub(self.spin_ns / 2))
+                .min(SLEEP_MAX)
         });
         self.values.clear();
         self.values.extend(peers.iter().map(|peer| peer.bell.load(Ordering::Acquire)));

@@ -2,14 +2,14 @@
 //!
 //! ```text
 //! 1  tails of all input rings, then the control word (R5)
-//! 2  stages, the last ones first, so that a full ring behind never keeps what is before it from draining (R7)
+//! 2  stages, the last ones first: a full ring behind never keeps a stage from draining (R7)
 //! 3  save: files to their offsets (R13), positions to their cells
 //! 4  commit: one store (R11)
 //! 5  publish tails, then heads; wake who sleeps (R8)
 //! ```
 //!
-//! A process that dies before 4 leaves a step that its successor rolls back; after 4, one that the successor publishes
-//! again. Every number above is a kill point of the tests.
+//! A process that dies before 4 leaves a step that its successor rolls back; after 4, one that the
+//! successor publishes again. Every number above is a kill point of the tests.
 //!
 //! Called by `entry`.
 
@@ -28,8 +28,8 @@ use testudo_shm::last_words::LastWords;
 use testudo_shm::primitive::Ordering;
 use testudo_shm::wait;
 
-/// Steps after which the worker pins itself: a successor does not share its first microseconds with the teardown of its
-/// predecessor, which still runs on that core.
+/// Steps after which the worker pins itself: a successor does not share its first microseconds with
+/// the teardown of its predecessor, which still runs on that core.
 const STEPS_BEFORE_PINNING: u64 = 64;
 
 /// Runs steps until the job is over.

@@ -1,10 +1,13 @@
-//! What the test programs share. Each is a program of its own (`harness = false`), since jobs run in worker processes
-//! that are the same program again: its main begins with `testudo::init()` and ends in [`host`].
+//! What the test programs share. Each is a program of its own (`harness = false`), since jobs run
+//! in worker processes that are the same program again: its main begins with `testudo::init()` and
+//! ends in [`host`].
 //!
-//! A job runs in one of two ways: inside the test ([`run`], [`start`]), where its workers can be watched and killed one by
-//! one, or as a program ([`program::Cli`]), where its exit code, standard streams, environment and descriptors are its own.
+//! A job runs in one of two ways: inside the test ([`run`], [`start`]), where its workers can be
+//! watched and killed one by one, or as a program ([`program::Cli`]), where its exit code, standard
+//! streams, environment and descriptors are its own.
 //!
-//! Nothing here waits for a time to pass as proof of anything: every wait is for an event, up to [`PATIENCE`].
+//! Nothing here waits for a time to pass as proof of anything: every wait is for an event, up to
+//! [`PATIENCE`].
 
 #![allow(dead_code, reason = "each test program uses a part of this")]
 
@@ -59,7 +62,13 @@ pub fn host(jobs: Jobs, trials: Vec<Trial>) -> ExitCode {
 
 /// Settings for a test's job: small rings and few groups start quickly and are full often.
 pub fn settings(workers: usize) -> Settings {
-    Settings { workers, ring_bytes: 64 << 10, key_groups: 16, progress: false, ..Settings::default() }
+    Settings {
+        workers,
+        ring_bytes: 64 << 10,
+        key_groups: 16,
+        progress: false,
+        ..Settings::default()
+    }
 }
 
 /// Waits until `done` gives something.
@@ -90,7 +99,11 @@ pub fn finish(running: Running) -> Result<Report, testudo::Error> {
 }
 
 /// Runs a job to its end.
-pub fn try_run(build: Build, parameters: &str, settings: Settings) -> Result<Report, testudo::Error> {
+pub fn try_run(
+    build: Build,
+    parameters: &str,
+    settings: Settings,
+) -> Result<Report, testudo::Error> {
     finish(start(build, parameters, settings))
 }
 
@@ -131,7 +144,8 @@ pub fn sorted_parts(folder: &Path) -> Vec<String> {
     let is_part = |path: &std::path::PathBuf| {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("part-"))
     };
-    let mut lines: Vec<String> = paths.filter(is_part).flat_map(|path| sorted_lines(&path)).collect();
+    let mut lines: Vec<String> =
+        paths.filter(is_part).flat_map(|path| sorted_lines(&path)).collect();
     lines.sort_unstable();
     lines
 }

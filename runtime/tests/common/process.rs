@@ -1,7 +1,7 @@
-//! Processes as tests need them: held by a descriptor while they are looked at or signalled, so that a number that the
-//! kernel has given to somebody else in the meantime is never hit.
+//! Processes as tests need them: held by a descriptor while they are looked at or signalled, so
+//! that a number that the kernel has given to somebody else in the meantime is never hit.
 
-#![expect(unsafe_code, reason = "pidfd_open, pidfd_send_signal, getpgid, getsid")]
+#![expect(unsafe_code, reason = "signals, process groups, pidfd_open, pidfd_send_signal")]
 
 use super::{Random, wait_for};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -89,6 +89,19 @@ pub fn status_kib(pid: u32, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// Has a program killed when the thread that starts it ends: a test program that is killed leaves
+/// nothing behind.
+pub fn end_with_us(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let end = || {
+        // SAFETY: plain system call, allowed between fork and exec.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        Ok(())
+    };
+    // SAFETY: the closure only makes that call.
+    unsafe { command.pre_exec(end) };
+}
+
 /// Signals all processes of the group that a child of ours leads.
 pub fn signal_group(leader: u32, signal: i32) {
     let group = stat(leader).map(|stat| stat.group);
@@ -109,8 +122,8 @@ pub fn signal_worker(header: &WorkerHeader, signal: i32) -> bool {
     Held::child_of(pid, std::process::id()).is_some_and(|held| held.signal(signal))
 }
 
-/// Disturbs the workers of a job, never one that has not committed since it was last disturbed (the restart budget is for
-/// those that get nothing done).
+/// Disturbs the workers of a job, never one that has not committed since it was last disturbed (the
+/// restart budget is for those that get nothing done).
 pub struct Disturber<'a> {
     running: &'a Running,
     view: &'a View,
@@ -153,7 +166,8 @@ impl<'a> Disturber<'a> {
         if signal_worker(header, libc::SIGKILL) {
             self.kills += 1;
         }
-        // Whatever it still committed while the signal was on its way does not count as progress of its successor.
+        // Whatever it still committed while the signal was on its way does not count as progress of
+        // its successor.
         let pid = self.last[worker].0;
         wait_for("the end of a killed worker", || {
             let ended = stat(pid).is_none_or(|stat| stat.state == 'Z');

@@ -85,7 +85,8 @@ impl Cli {
         self
     }
 
-    /// Runs it under a shell command that ends in `exec "$@"`, such as one that lowers a limit first.
+    /// Runs it under a shell command that ends in `exec "$@"`, such as one that lowers a limit
+    /// first.
     pub fn under(self, shell: &str) -> Self {
         self.behind(Command::new("sh"), shell)
     }
@@ -112,6 +113,7 @@ impl Cli {
     #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
     pub fn start(mut self) -> Started {
         self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        process::end_with_us(&mut self.command);
         let mut child = self.command.spawn().expect("the test program can be started");
         let out = collect(child.stdout.take());
         let err = collect(child.stderr.take());
@@ -122,6 +124,7 @@ impl Cli {
     #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
     pub fn start_bare(mut self) -> Child {
         self.command.stdout(Stdio::piped());
+        process::end_with_us(&mut self.command);
         self.command.spawn().expect("the test program can be started")
     }
 
@@ -129,6 +132,7 @@ impl Cli {
     #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
     pub fn run_into(mut self, out: Stdio) -> Ended {
         self.command.stdout(out).stderr(Stdio::piped());
+        process::end_with_us(&mut self.command);
         let mut child = self.command.spawn().expect("the test program can be started");
         let err = collect(child.stderr.take());
         let out = collect(None::<std::io::Empty>);

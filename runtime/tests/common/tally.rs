@@ -1,8 +1,9 @@
-//! The self-checking job: every record carries its key's sequence number, and keyed state checks that it is the last one
-//! and one more. Nothing can be lost, doubled or reordered without being counted as wrong.
+//! The self-checking job: every record carries its key's sequence number, and keyed state checks
+//! that it is the last one and one more. Nothing can be lost, doubled or reordered without being
+//! counted as wrong.
 //!
-//! Keys are numbers modulo [`KEYS`], a multiple of every parallelism used, so that each key has one producer and its
-//! records one order.
+//! Keys are numbers modulo [`KEYS`], a multiple of every parallelism used, so that each key has one
+//! producer and its records one order.
 
 use super::{sorted_lines, text};
 use std::path::Path;
@@ -31,12 +32,18 @@ pub fn parameters(total: u64, output: &Path) -> String {
     format!("{total} {}", text(output))
 }
 
-/// The job: one row for each key at the end of input, with its count and how many records came out of turn.
+/// The job: one row for each key at the end of input, with its count and how many records came out
+/// of turn.
 pub fn ordered(flow: &Flow, parameters: &str) {
+    checked(flow, parameters, numbered);
+}
+
+/// As [`ordered`], with numbers of the caller's.
+pub fn checked(flow: &Flow, parameters: &str, numbers: impl Fn(u64) -> Numbered + 'static) {
     let (total, output) = parameters.split_once(' ').expect("total and output");
     let total = total.parse().expect("a number");
     let seen = flow.counter("seen");
-    flow.source("numbers", Generator::new(total, numbered))
+    flow.source("numbers", Generator::new(total, numbers))
         .key_by(|record| record.key)
         .process(
             |state| (state.value::<u64>("next"), state.value::<u64>("wrong")),
@@ -65,8 +72,9 @@ pub fn numbered(n: u64) -> Numbered {
     Numbered { key: n % KEYS, sequence: n / KEYS }
 }
 
-/// Checks the rows of a job that read `records` in `subtasks` subtasks: exactly those that the sources say they have
-/// read, each once and in turn. Sources that were stopped may stand at different numbers.
+/// Checks the rows of a job that read `records` in `subtasks` subtasks: exactly those that the
+/// sources say they have read, each once and in turn. Sources that were stopped may stand at
+/// different numbers.
 pub fn check(output: &Path, records: u64, subtasks: u64) {
     let rows: Vec<(u64, u64, u64)> = sorted_lines(output).iter().map(|line| row(line)).collect();
     let sum: u64 = rows.iter().map(|row| row.1).sum();

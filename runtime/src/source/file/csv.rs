@@ -75,7 +75,6 @@ impl CsvDecoder {
         Ok(decoder)
     }
 
-
     /// Decodes one record; `T` may borrow its texts from the decoder.
     ///
     /// # Errors

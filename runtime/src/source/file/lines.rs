@@ -369,8 +369,6 @@ impl LineReader {
         self.base + self.unread.start as u64
     }
 
-
-
     /// Goes to `offset`, which a reader of the same range gave as its position.
     ///
     /// # Errors
@@ -474,7 +472,8 @@ impl LineReader {
         match read {
             Ok(0) => {
                 let (path, planned) = (self.path.clone(), self.range.end);
-                // A block may reach beyond what is left: say how long the file is, not how far it was read.
+                // A block may reach beyond what is left: say how long the file is, not how far it
+                // was read.
                 let found = self.file.metadata().map_or(at, |meta| meta.len().min(at));
                 Err(InputError::Shrunk { path, planned, found })
             }
