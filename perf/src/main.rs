@@ -30,6 +30,7 @@ mod compare;
 
 use clap::{Parser, Subcommand};
 use report::{Failure, Line, Params};
+use std::io::Write;
 use std::process::ExitCode;
 use testudo::config::{Bytes, Idle, Settings};
 
@@ -140,12 +141,25 @@ fn run(bench: &Bench) -> Result<Vec<Line>, Failure> {
     }
 }
 
+fn print(lines: &[Line], as_json: bool) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for line in lines {
+        writeln!(out, "{}", line.text(as_json))?;
+    }
+    out.flush()
+}
+
 fn main() -> ExitCode {
     testudo::init();
     let cli = Cli::parse();
     for _ in 0..cli.repeat {
         match run(&cli.bench) {
-            Ok(lines) => lines.iter().for_each(|line| println!("{}", line.text(cli.json))),
+            Ok(lines) => {
+                if print(&lines, cli.json).is_err() {
+                    // Who was to read this has left.
+                    return ExitCode::FAILURE;
+                }
+            }
             Err(failure) => {
                 eprintln!("testudo-perf: {failure}");
                 return ExitCode::from(failure.code());

@@ -5,12 +5,11 @@
 //! counts whole). The workers themselves note both in their headers; this process only reads them,
 //! so its own sleep is not in the figures.
 //!
-//! Accounting is exact, key by key. Each source first emits every key once (uncounted: so the state
-//! is as large as asked for before the first kill), then events until it finds the file `stop`,
-//! then a query for every key. A key that has seen the queries of all sources has seen everything
-//! before them, since a producer's records stay in order: its count goes to a file. It must equal
-//! the number of events with that key that the sources say they emitted; the rest is lost or
-//! doubled.
+//! Accounting is exact, key by key. Each source first makes keys of its own, uncounted, until the
+//! state is as large as asked for; then it emits events with these keys until it finds the file
+//! `stop`; then a query for each of them. Since a producer's records stay in order, the query has
+//! seen every event of its key: the count goes to a file. It must equal the number of events with
+//! that key that the source says it emitted; the rest is lost or doubled.
 //!
 //! Called by `main`.
 
@@ -18,7 +17,7 @@ use crate::regime;
 use crate::report::{Failure, Line, Lines, Params, quantile};
 use crate::workloads::splitmix64;
 use crate::{EngineArgs, scratch};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use testudo::metrics::{Counter, GAP_NS};
@@ -53,14 +52,13 @@ pub struct Args {
     engine: EngineArgs,
 }
 
-/// Keys of w1, and bytes of state that one key takes at least: sixteen for the slot, at most half
-/// as much again free.
+/// Keys of w1, when nothing is said about the state.
 const KEYS: u64 = 1_000_000;
-const BYTES_PER_KEY: u64 = 24;
 
 /// What every process of the job is told.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 struct Plan {
+    /// Keys to make, unless the file `full` is there before.
     keys: u64,
     rate: Option<u64>,
     folder: PathBuf,
@@ -82,7 +80,7 @@ const QUERY: u64 = 2;
 /// Bits of an accumulator that count events; those above count queries.
 const COUNT_BITS: u32 = 48;
 
-/// The count of a key that all sources have asked for.
+/// The count of a key that its source has asked for.
 #[testudo::record]
 struct Final {
     key: u64,
@@ -91,8 +89,8 @@ struct Final {
 
 struct Events {
     plan: Plan,
-    /// How many events each subtask has emitted, told when it stops.
-    emitted: Vec<Counter>,
+    /// What each subtask has emitted, told at the end of a phase: keys, events.
+    emitted: Vec<(Counter, Counter)>,
 }
 
 /// Where a source stands.
@@ -102,21 +100,23 @@ struct Events {
 struct Place {
     /// `FILL`, `EVENT` or `QUERY`.
     phase: u64,
-    /// The next key, or the number of the next event.
+    /// Keys made, events emitted or keys asked for in this phase.
     next: u64,
+    /// Keys made in all.
+    keys: u64,
 }
 
 struct EventsReader {
     plan: Plan,
     subtask: Subtask,
-    emitted: Counter,
-    /// When to look for the file `stop` again.
+    emitted: (Counter, Counter),
+    /// When to look for a file again.
     look_ns: u64,
     /// When event `paced.1` was due: this reader's own schedule, begun when it was opened.
     paced: Option<(u64, u64)>,
 }
 
-/// Time between two looks at the file `stop`.
+/// Time between two looks for a file.
 const LOOK_NS: u64 = 1_000_000;
 
 impl Source for Events {
@@ -124,8 +124,8 @@ impl Source for Events {
     type Position = Place;
     type Reader = EventsReader;
 
-    fn start(&self, subtask: Subtask) -> Place {
-        Place { phase: FILL, next: subtask.index as u64 }
+    fn start(&self, _subtask: Subtask) -> Place {
+        Place { phase: FILL, next: 0, keys: 0 }
     }
 
     fn open(&self, subtask: Subtask, _from: &Place) -> Result<EventsReader, String> {
@@ -135,43 +135,71 @@ impl Source for Events {
 }
 
 impl EventsReader {
+    /// The subtask's own key number `n`.
+    fn key(&self, n: u64) -> u64 {
+        own_key(self.subtask.index as u64, self.subtask.count as u64, n)
+    }
+
+    /// Whether the launching process has made a file, looking for it now and then.
+    fn finds(&mut self, file: &str, now: u64) -> bool {
+        let is_time = now >= self.look_ns;
+        if is_time {
+            self.look_ns = now + LOOK_NS;
+        }
+        is_time && self.plan.folder.join(file).exists()
+    }
+
     /// How many events may be emitted now, or when the next one is due.
     fn allowance(&mut self, now: u64, next: u64, max: usize) -> Result<usize, u64> {
         let Some(rate) = self.plan.rate else {
             return Ok(max);
         };
         let (begun, first) = *self.paced.get_or_insert((now, next));
-        let due =
-            |n: u64| begun + (u128::from(n - first) * 1_000_000_000 / u128::from(rate)) as u64;
-        if due(next) > now {
-            return Err(due(next));
+        let own_rate = rate as f64 / self.subtask.count as f64;
+        let due = begun + ((next - first) as f64 * 1e9 / own_rate) as u64;
+        if due > now {
+            return Err(due);
         }
-        let behind = u128::from(now - due(next)) * u128::from(rate) / 1_000_000_000;
-        let allowed = behind as u64 / self.subtask.count as u64 + 1;
-        Ok(max.min(usize::try_from(allowed).unwrap_or(max)))
+        Ok(max.min(((now - due) as f64 * own_rate / 1e9) as usize + 1))
+    }
+
+    /// Makes keys; true when there are enough.
+    fn fill(&mut self, at: &mut Place, max: usize, out: &mut impl Collect<Work>) -> bool {
+        let own = self.plan.keys.div_ceil(self.subtask.count as u64);
+        let count = (max as u64).min(own - at.next);
+        for n in at.next..at.next + count {
+            out.emit(Work { key: self.key(n), what: FILL, n, filler: 0 });
+        }
+        at.next += count;
+        at.next == own || (at.next > 0 && self.finds("full", now_ns()))
     }
 
     fn events(&mut self, at: &mut Place, max: usize, out: &mut impl Collect<Work>) -> Progress {
         let now = now_ns();
-        let (index, step) = (self.subtask.index as u64, self.subtask.count as u64);
-        if now >= self.look_ns {
-            self.look_ns = now + LOOK_NS;
-            if self.plan.folder.join("stop").exists() {
-                self.emitted.add((at.next - index) / step);
-                *at = Place { phase: QUERY, next: 0 };
-                return Progress::More;
-            }
+        if self.finds("stop", now) {
+            self.emitted.1.add(at.next);
+            *at = Place { phase: QUERY, next: 0, ..*at };
+            return Progress::More;
         }
         let count = match self.allowance(now, at.next, max) {
-            Ok(count) => count,
+            Ok(count) => count as u64,
             Err(until_ns) => return Progress::Idle { until_ns },
         };
-        for _ in 0..count {
-            let key = splitmix64(at.next) % self.plan.keys;
-            out.emit(Work { key, what: EVENT, n: at.next, filler: 0 });
-            at.next += step;
+        for n in at.next..at.next + count {
+            let key = self.key(splitmix64(n) % at.keys);
+            out.emit(Work { key, what: EVENT, n, filler: 0 });
         }
+        at.next += count;
         Progress::More
+    }
+
+    fn query(&self, at: &mut Place, max: usize, out: &mut impl Collect<Work>) -> Progress {
+        let count = (max as u64).min(at.keys - at.next);
+        for n in at.next..at.next + count {
+            out.emit(Work { key: self.key(n), what: QUERY, n, filler: 0 });
+        }
+        at.next += count;
+        if at.next == at.keys { Progress::End } else { Progress::More }
     }
 }
 
@@ -182,31 +210,26 @@ impl Reader<Work, Place> for EventsReader {
         max: usize,
         out: &mut impl Collect<Work>,
     ) -> Result<Progress, String> {
-        if at.phase == EVENT {
-            return Ok(self.events(at, max, out));
-        }
-        // Keys are filled by one source each, and asked for by all.
-        let (index, count) = (self.subtask.index as u64, self.subtask.count as u64);
-        let step = if at.phase == FILL { count } else { 1 };
-        for _ in 0..max {
-            if at.next >= self.plan.keys {
-                break;
+        match at.phase {
+            FILL => {
+                if self.fill(at, max, out) {
+                    let done = self.plan.folder.join(format!("filled-{}", self.subtask.index));
+                    std::fs::write(&done, "")
+                        .map_err(|error| format!("cannot write {}: {error}", done.display()))?;
+                    self.emitted.0.add(at.next);
+                    *at = Place { phase: EVENT, next: 0, keys: at.next };
+                }
+                Ok(Progress::More)
             }
-            out.emit(Work { key: at.next, what: at.phase, n: 0, filler: 0 });
-            at.next += step;
+            EVENT => Ok(self.events(at, max, out)),
+            _ => Ok(self.query(at, max, out)),
         }
-        if at.next < self.plan.keys {
-            return Ok(Progress::More);
-        }
-        if at.phase == QUERY {
-            return Ok(Progress::End);
-        }
-        let done = self.plan.folder.join(format!("filled-{index}"));
-        std::fs::write(&done, "")
-            .map_err(|error| format!("cannot write {}: {error}", done.display()))?;
-        *at = Place { phase: EVENT, next: index };
-        Ok(Progress::More)
     }
+}
+
+/// Key number `n` of subtask `index` of `count`.
+fn own_key(index: u64, count: u64, n: u64) -> u64 {
+    index + n * count
 }
 
 /// The job, in every process. Parameters: a [`Plan`].
@@ -214,8 +237,8 @@ fn job(flow: &Flow, parameters: &str) {
     let Ok(plan) = serde_json::from_str::<Plan>(parameters) else {
         return;
     };
-    let sources = flow.workers() as u64;
-    let emitted = (0..sources).map(|index| flow.counter(&emitted_name(index))).collect();
+    let counters = |index| (flow.counter(&keys_name(index)), flow.counter(&events_name(index)));
+    let emitted = (0..flow.workers() as u64).map(counters).collect();
     let finals = plan.folder.join("finals");
     let fold = |value: &mut u64, work: &Work| {
         *value += match work.what {
@@ -228,11 +251,15 @@ fn job(flow: &Flow, parameters: &str) {
     flow.source("events", Events { plan, emitted })
         .key_by(|work| work.key)
         .aggregate(|| 0u64, fold, |key, value| Final { key: *key, value: *value })
-        .filter(move |row| row.value >> COUNT_BITS == sources)
+        .filter(|row| row.value >> COUNT_BITS > 0)
         .sink("finals", FileSink::folder(finals, "txt", TextLines(text)));
 }
 
-fn emitted_name(index: u64) -> String {
+fn keys_name(index: u64) -> String {
+    format!("keys-{index}")
+}
+
+fn events_name(index: u64) -> String {
     format!("events-{index}")
 }
 
@@ -250,14 +277,14 @@ pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
         return Err(Failure::Usage("--kills, --rate and --state-mib must be at least 1".into()));
     }
     let folder = scratch::Folder::new()?;
-    let keys = args.state_mib.map_or(KEYS, |mib| (mib << 20) / BYTES_PER_KEY);
+    let keys = if args.state_mib.is_some() { u64::MAX } else { KEYS };
     let plan = Plan { keys, rate: args.rate, folder: folder.path().into() };
     let settings = args.engine.settings("perf-recovery")?;
     let parameters = serde_json::to_string(&plan).unwrap_or_default();
     let job = Job::new(job).parameters(parameters).settings(settings.clone());
     let (regime, result) = regime::around(|| play(job, args, folder.path()));
     let (recoveries, state_bytes, report) = result?;
-    let (lost, doubled, events) = account(&report, keys, &folder.path().join("finals"))?;
+    let Account { keys, events, lost, doubled } = account(&report, &folder.path().join("finals"))?;
     let mut params = Params::new();
     params.insert("kills".into(), args.kills.into());
     params.insert("rate".into(), args.rate.into());
@@ -292,9 +319,14 @@ fn play(job: Job, args: &Args, folder: &Path) -> Result<(Vec<Recovery>, u64, Rep
         running.join()?;
         return Err(Failure::Run("the job ended before it started".into()));
     };
-    let is_filled =
-        || (0..args.engine.workers).all(|i| folder.join(format!("filled-{i}")).exists());
-    wait_until(&running, "all keys are there", Duration::from_secs(300), is_filled)?;
+    let is_filled = || {
+        if args.state_mib.is_some_and(|mib| group_bytes() >= mib << 20) {
+            // If it cannot be written, the state grows until the time is over, which says so.
+            let _ = std::fs::write(folder.join("full"), "");
+        }
+        (0..args.engine.workers).all(|index| folder.join(format!("filled-{index}")).exists())
+    };
+    wait_until(&running, "all keys are there", Duration::from_secs(100), is_filled)?;
     std::thread::sleep(Duration::from_millis(200));
     let state_bytes = group_bytes();
     let mut random = args.seed;
@@ -411,39 +443,57 @@ fn group_bytes() -> u64 {
     files.values().sum()
 }
 
-/// Compares every key's count with the events that the sources emitted: lost, doubled, events.
-fn account(report: &Report, keys: u64, finals: &Path) -> Result<(u64, u64, u64), Failure> {
-    let (step, mut events) = (report.workers as u64, 0);
-    let mut wanted = vec![0u64; usize::try_from(keys).unwrap_or(0)];
-    for index in 0..step {
-        let emitted = report.counters.get(&emitted_name(index)).copied().unwrap_or(0);
-        for n in (0..emitted).map(|i| index + i * step) {
+/// What became of the events.
+#[derive(Debug, Default)]
+struct Account {
+    keys: u64,
+    events: u64,
+    lost: u64,
+    doubled: u64,
+}
+
+/// Compares every key's count with the events that its source emitted.
+fn account(report: &Report, finals: &Path) -> Result<Account, Failure> {
+    let sources = report.workers as u64;
+    let mut found = read_finals(finals)?;
+    let mut account = Account::default();
+    for index in 0..sources {
+        let counter = |name: String| report.counters.get(&name).copied().unwrap_or(0);
+        let (keys, events) = (counter(keys_name(index)), counter(events_name(index)));
+        let mut wanted = vec![0u64; usize::try_from(keys).unwrap_or(0)];
+        for n in 0..events {
             wanted[(splitmix64(n) % keys) as usize] += 1;
         }
-        events += emitted;
+        for (n, wanted) in wanted.into_iter().enumerate() {
+            let found = found.remove(&own_key(index, sources, n as u64)).unwrap_or(0);
+            account.lost += wanted.saturating_sub(found);
+            account.doubled += found.saturating_sub(wanted);
+        }
+        account.keys += keys;
+        account.events += events;
     }
-    let mut found = vec![None; wanted.len()];
-    for entry in std::fs::read_dir(finals)? {
+    match found.into_iter().next() {
+        Some((key, count)) => {
+            Err(Failure::Wrong(format!("key {key} has {count} events, nobody sent any")))
+        }
+        None => Ok(account),
+    }
+}
+
+/// The final count of each key.
+fn read_finals(folder: &Path) -> Result<HashMap<u64, u64>, Failure> {
+    let mut found = HashMap::new();
+    for entry in std::fs::read_dir(folder)? {
         for line in std::fs::read_to_string(entry?.path())?.lines() {
-            let numbers =
-                line.split_once(' ').and_then(|(k, v)| k.parse().ok().zip(v.parse::<u64>().ok()));
-            let place =
-                numbers.and_then(|(key, value): (usize, _)| Some((found.get_mut(key)?, value)));
-            match place {
-                Some((place @ None, value)) => *place = Some(value),
-                _ => {
-                    return Err(Failure::Wrong(format!(
-                        "the final count {line:?} is damaged or doubled"
-                    )));
-                }
+            let numbers = line.split_once(' ');
+            let parsed = numbers.and_then(|(key, count)| {
+                Some((key.parse::<u64>().ok()?, count.parse::<u64>().ok()?))
+            });
+            match parsed {
+                Some((key, count)) if found.insert(key, count).is_none() => {}
+                _ => return Err(Failure::Wrong(format!("the row {line:?} is damaged or doubled"))),
             }
         }
     }
-    let (mut lost, mut doubled) = (0, 0);
-    for (wanted, found) in wanted.iter().zip(&found) {
-        let found = found.unwrap_or(0);
-        lost += wanted.saturating_sub(found);
-        doubled += found.saturating_sub(*wanted);
-    }
-    Ok((lost, doubled, events))
+    Ok(found)
 }

@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::process::ticks;
 use common::program::Cli;
 use common::tally::{self, ordered};
 use common::{Jobs, folder, text, trials};
@@ -13,6 +14,7 @@ use testudo::prelude::*;
 use testudo::serde_json::Value;
 use testudo::shm::record::Record;
 use testudo::sink::file::Lines;
+use testudo::testing::{KILL_AT, Point};
 
 const JOBS: Jobs = &[
     ("ordered", ordered),
@@ -43,8 +45,10 @@ fn main() -> ExitCode {
             too_few_descriptors_are_refused,
             a_printed_stream_reaches_standard_output_whole,
             every_line_of_standard_input_is_taken_once,
+            r13_lines_in_and_out_are_exact_across_kills,
             a_line_longer_than_the_ring_is_an_error,
             r8_each_line_is_answered_before_the_next_is_sent,
+            r8_a_job_with_nothing_to_do_sleeps,
             a_limit_counts_lines_of_standard_input,
             printing_into_a_closed_pipe_is_an_error,
             help_says_every_setting,
@@ -452,6 +456,29 @@ fn every_line_of_standard_input_is_taken_once() {
     }
 }
 
+fn r13_lines_in_and_out_are_exact_across_kills() {
+    let index =
+        |point: Point| Point::ALL.iter().position(|other| *other == point).expect("a point");
+    for point in [
+        Point::Processed,
+        Point::Saved,
+        Point::BeforeCommit,
+        Point::Committed,
+        Point::StepPublished,
+    ] {
+        let lines: String = (0..20_000).map(|n| format!("line {n}\n")).collect();
+        let orders = format!("0:{0}:3:2,1:{0}:2:3", index(point));
+        let job = Cli::new("echo", "").workers(2).args(["--report", "json"]).env(KILL_AT, &orders);
+        let ended = job.stdin(piped(lines)).run();
+        assert_eq!(ended.restarts(), 5, "{}", ended.err);
+        let mut found: Vec<&str> = ended.out.lines().collect();
+        let mut expected: Vec<String> = (0..20_000).map(|n| format!("<line {n}>")).collect();
+        found.sort_unstable();
+        expected.sort_unstable();
+        assert!(found == expected, "{} lines, killed at {point:?}", found.len());
+    }
+}
+
 fn a_line_longer_than_the_ring_is_an_error() {
     let input = piped(format!("short\n{}\n", "x".repeat(100_000)));
     let ended = Cli::new("echo", "").workers(1).stdin(input).run();
@@ -477,6 +504,27 @@ fn r8_each_line_is_answered_before_the_next_is_sent() {
     }
     drop(write);
     assert!(job.wait().expect("our own child").success());
+}
+
+fn r8_a_job_with_nothing_to_do_sleeps() {
+    for refused in [None, Some(libc::ENOSYS)] {
+        let (input, write) = std::io::pipe().expect("a pipe");
+        let mut job = Cli::new("echo", "").workers(2).stdin(input.into());
+        if let Some(error) = refused {
+            job = job.without_futex_waitv(error);
+        }
+        let job = job.start();
+        let mut all = job.workers(2);
+        all.push(job.pid());
+        let spent = || all.iter().map(|pid| ticks(*pid).expect("it runs")).sum::<u64>();
+        let before = spent();
+        std::thread::sleep(Duration::from_secs(1));
+        // Processor time, not time: on a busy machine there is less of it, never more.
+        let after = spent();
+        assert!(after - before < 40, "{} hundredths of a second in one second", after - before);
+        drop(write);
+        assert_eq!(job.wait().code, Some(0));
+    }
 }
 
 fn a_limit_counts_lines_of_standard_input() {

@@ -58,6 +58,9 @@ fn main() -> ExitCode {
             a_limit_is_exact_whatever_the_number_of_workers,
             a_limit_of_nothing_reads_nothing,
             a_limit_is_divided_among_the_readers_of_a_source_that_knows_none,
+            r6_records_are_not_held_back_until_more_come,
+            settings_for_speed_change_no_result,
+            more_processes_than_a_job_may_have_are_refused,
             r13_a_source_of_the_users_goes_on_where_it_stood,
             r9_records_are_taken_unvalidated_where_the_job_trusts_them,
             a_stage_wider_than_the_job_is_refused,
@@ -325,7 +328,7 @@ struct Parcel {
 
 fn parcel(n: u64) -> Parcel {
     let tags = (0..n % 4).map(|tag| format!("tag {tag} of {n}")).collect();
-    let weight = (n % 3 == 0).then_some(scramble(n));
+    let weight = n.is_multiple_of(3).then_some(scramble(n));
     Parcel { id: n, to: "x".repeat((scramble(n) % 200) as usize), tags, weight }
 }
 
@@ -578,7 +581,7 @@ impl Reader<u64, u64> for TickReader {
         out: &mut impl Collect<u64>,
     ) -> Result<Progress, String> {
         self.calls += 1;
-        if self.calls % 5 == 0 {
+        if self.calls.is_multiple_of(5) {
             return Ok(Progress::Idle { until_ns: testudo::time::now_ns() + 100_000 });
         }
         for _ in 0..max.min(100) {
@@ -605,6 +608,94 @@ fn a_limit_is_divided_among_the_readers_of_a_source_that_knows_none() {
         assert_eq!(report.records_in, limit);
         assert_eq!(sorted_lines(&output), lines(0..limit), "{workers} workers");
     }
+}
+
+/// Three records, and then nothing for ever.
+struct Three;
+
+impl Source for Three {
+    type Out = u64;
+    type Position = u64;
+    type Reader = Self;
+
+    fn start(&self, _: Subtask) -> u64 {
+        0
+    }
+
+    fn open(&self, _: Subtask, _: &u64) -> Result<Self, String> {
+        Ok(Self)
+    }
+}
+
+impl Reader<u64, u64> for Three {
+    fn read(
+        &mut self,
+        at: &mut u64,
+        _: usize,
+        out: &mut impl Collect<u64>,
+    ) -> Result<Progress, String> {
+        while *at < 3 {
+            out.emit(*at);
+            *at += 1;
+        }
+        Ok(Progress::Idle { until_ns: u64::MAX })
+    }
+}
+
+fn silent(flow: &Flow, output: &str) {
+    flow.source("three", Three)
+        .parallelism(1)
+        .key_by(|n| *n)
+        .aggregate(|| 0u64, |count, _| *count += 1, |n, _| *n)
+        .round_robin()
+        .map(|n| *n)
+        .sink("out", to(output));
+}
+
+fn r6_records_are_not_held_back_until_more_come() {
+    let folder = folder();
+    let output = folder.path().join("out");
+    let running = common::start(silent, &text(&output), settings(3));
+    common::wait_for("all three records", || {
+        let found = std::fs::read_to_string(&output).unwrap_or_default();
+        (found.lines().count() == 3).then_some(())
+    });
+    running.stop();
+    let report = common::finish(running).expect("a drained job ended well");
+    assert_eq!(report.records_in, 3);
+    assert_eq!(sorted_lines(&output), lines(0..3));
+}
+
+fn settings_for_speed_change_no_result() {
+    let folder = folder();
+    let output = folder.path().join("out");
+    let core = testudo::config::usable_cores()[0];
+    let all = [
+        Settings { idle: testudo::config::Idle::Spin, ..settings(2) },
+        Settings { huge_pages: true, ..settings(2) },
+        Settings { cores: vec![core], ..settings(2) },
+        Settings { key_groups: 128, ring_bytes: 4 << 20, ..settings(2) },
+        Settings { key_groups: 1000, ring_bytes: 4096, ..settings(2) },
+    ];
+    let mut first = None;
+    for settings in all {
+        run(reduced, &text(&output), settings);
+        let rows = sorted_lines(&output);
+        assert!(*first.get_or_insert_with(|| rows.clone()) == rows);
+    }
+}
+
+fn crowded(flow: &Flow, _: &str) {
+    flow.source("numbers", count()).isolated().parallelism(100).for_each(|_| ());
+}
+
+fn more_processes_than_a_job_may_have_are_refused() {
+    let (message, code) = run_failing(crowded, "", settings(21));
+    assert_eq!(
+        message,
+        "121 worker processes are more than the 120 that a job may have; lower --workers"
+    );
+    assert_eq!(code, 3);
 }
 
 fn r13_a_source_of_the_users_goes_on_where_it_stood() {

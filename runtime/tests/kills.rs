@@ -22,6 +22,7 @@ fn main() -> ExitCode {
         JOBS,
         trials![
             an_undisturbed_job_is_exact,
+            one_kill_changes_nothing,
             a_job_is_exact_whoever_is_killed_at_random,
             a_job_is_exact_when_workers_are_stopped_and_continued,
             five_hundred_kills_change_nothing,
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
             a_killed_worker_that_had_finished_is_done_again,
             a_worker_that_dies_for_ever_uses_up_the_budget,
             every_death_is_in_the_report_with_its_cause,
+            r8_workers_that_sleep_on_eventfds_are_as_exact,
             canary_a_lost_a_doubled_and_a_late_record_are_seen,
         ],
     )
@@ -75,6 +77,13 @@ fn an_undisturbed_job_is_exact() {
         assert_eq!(report.counters["seen"], 100_001);
         assert!(report.restarts.is_empty());
         tally::check(&output, 100_001, workers as u64);
+    }
+}
+
+fn one_kill_changes_nothing() {
+    for worker in [0, 1, 2] {
+        let report = disturbed(3, |job| job.kill(worker));
+        assert_eq!(report.restarts.len(), 1);
     }
 }
 
@@ -357,6 +366,23 @@ fn every_death_is_in_the_report_with_its_cause() {
     }
     let text = report.text(testudo::config::ReportForm::Text);
     assert_eq!(text.matches("died (SIGKILL), back after ").count(), 5, "{text}");
+}
+
+fn r8_workers_that_sleep_on_eventfds_are_as_exact() {
+    let folder = folder();
+    let output = folder.path().join("rows.csv");
+    for error in [libc::ENOSYS, libc::EPERM] {
+        let job = Cli::new("ordered", &tally::parameters(150_000, &output)).workers(3);
+        let orders = format!("0:{0}:3:5,1:{0}:2:9", index(Point::StepPublished));
+        let job = job.args(["--report", "json"]).env(KILL_AT, &orders);
+        let ended = job.without_futex_waitv(error).run();
+        assert_eq!(
+            ended.err.lines().next(),
+            Some("testudo: this kernel cannot wait on several futexes; workers sleep on eventfds")
+        );
+        assert_eq!(ended.restarts(), 5, "{}", ended.err);
+        tally::check(&output, 150_000, 3);
+    }
 }
 
 /// The self-checking job with one fault: a record that is left out, one that comes twice, two that

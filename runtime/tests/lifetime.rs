@@ -36,6 +36,7 @@ fn main() -> ExitCode {
             an_embedded_job_is_drained_and_stopped_on_request,
             a_job_is_drained_while_its_workers_are_being_replaced,
             a_job_is_drained_before_it_has_read_anything,
+            r5_a_drain_takes_in_everything_that_was_sent_before_it,
             r3_workers_do_not_outlive_a_killed_launcher,
             all_workers_are_reaped_before_the_launcher_ends,
             nothing_is_left_in_shared_memory,
@@ -199,6 +200,19 @@ fn a_job_is_drained_before_it_has_read_anything() {
         running.stop();
         let report = finish(running).expect("a drained job ended well");
         tally::check(&output, report.records_in, 2);
+    }
+}
+
+fn r5_a_drain_takes_in_everything_that_was_sent_before_it() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    for round in 0..common::deep(300, 30) {
+        let running = start(ordered, &tally::parameters(u64::MAX, &output), settings(3));
+        let view = running.workers().expect("the job starts");
+        assert!(Disturber::new(&running, &view, round).settle(round as usize % 3));
+        running.stop();
+        let report = finish(running).expect("a drained job ended well");
+        tally::check(&output, report.records_in, 3);
     }
 }
 

@@ -324,7 +324,7 @@ fn r7_a_stream_forked_and_united_through_full_rings_goes_on() {
     let folder = folder();
     let output = folder.path().join("out");
     run(around, &text(&output), small(2));
-    let row = |n: u64| vec![n.to_string(); if n % 2 == 0 { 4 } else { 1 }];
+    let row = |n: u64| vec![n.to_string(); if n.is_multiple_of(2) { 4 } else { 1 }];
     let mut expected: Vec<String> = (0..100_000).flat_map(row).collect();
     expected.sort_unstable();
     assert!(common::sorted_parts(&output) == expected);

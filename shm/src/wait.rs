@@ -49,7 +49,7 @@ pub struct WaitWord<'a> {
 }
 
 /// Sleeps until one of the words differs from its value, is woken, or `timeout` passes. May wake
-/// early.
+/// early. Where futex_waitv cannot be called, only the first word is waited on.
 pub fn wait_any(words: &[WaitWord<'_>], timeout: Option<Duration>) {
     let mut list = [WaitV { value: 0, address: 0, flags: 0, reserved: 0 }; FUTEX_WAITV_MAX];
     let count = words.len().min(FUTEX_WAITV_MAX);
@@ -70,12 +70,34 @@ pub fn wait_any(words: &[WaitWord<'_>], timeout: Option<Duration>) {
     let limit = deadline.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: the list and the deadline live through the call; the words are borrowed, so they stay
     // mapped.
-    unsafe {
-        libc::syscall(libc::SYS_futex_waitv, list.as_ptr(), count, 0, limit, libc::CLOCK_MONOTONIC);
+    let done = unsafe {
+        libc::syscall(libc::SYS_futex_waitv, list.as_ptr(), count, 0, limit, libc::CLOCK_MONOTONIC)
+    };
+    // The usual ends of a sleep; anything else is a refusal, which must not become a busy loop.
+    let ends = [libc::EAGAIN, libc::ETIMEDOUT, libc::EINTR];
+    let error = std::io::Error::last_os_error().raw_os_error();
+    if done < 0
+        && error.is_some_and(|error| !ends.contains(&error))
+        && let Some(first) = words.first()
+    {
+        wait_one(*first, timeout);
     }
 }
 
-/// Whether this kernel has futex_waitv (Linux 5.16).
+/// Sleeps until the word differs from its value, is woken, or `timeout` passes.
+#[cold]
+fn wait_one(word: WaitWord<'_>, timeout: Option<Duration>) {
+    let span = timeout.map(|timeout| libc::timespec {
+        tv_sec: timeout.as_secs() as libc::time_t,
+        tv_nsec: libc::c_long::from(timeout.subsec_nanos() as i32),
+    });
+    let limit = span.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let address = std::ptr::from_ref(word.word);
+    // SAFETY: the word and the timeout live through the call.
+    unsafe { libc::syscall(libc::SYS_futex, address, libc::FUTEX_WAIT, word.value, limit) };
+}
+
+/// Whether futex_waitv can be called here (Linux 5.16, and no sandbox that refuses it).
 #[must_use]
 pub fn has_wait_any() -> bool {
     // SAFETY: with a count of zero the call only says whether it exists (EINVAL) or not (ENOSYS).
@@ -89,7 +111,8 @@ pub fn has_wait_any() -> bool {
             0,
         )
     };
-    done >= 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS)
+    // Sandboxes answer unknown calls with other errors than the kernel does.
+    done >= 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL)
 }
 
 /// Wakes everyone who sleeps on `word`.

@@ -69,6 +69,14 @@ pub fn stat(pid: u32) -> Option<Stat> {
     })
 }
 
+/// Clock ticks that a process has spent on processors.
+pub fn ticks(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let mut fields = text.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    Some(next()? + next()?)
+}
+
 /// The children of a process, by number.
 pub fn children(parent: u32) -> Vec<u32> {
     let all = std::fs::read_dir("/proc").expect("/proc can be listed").flatten();
@@ -100,6 +108,32 @@ pub fn end_with_us(command: &mut std::process::Command) {
     };
     // SAFETY: the closure only makes that call.
     unsafe { command.pre_exec(end) };
+}
+
+/// Has the kernel refuse futex_waitv to a program and all that it starts, with this error: what old kernels and the
+/// sandboxes of some containers do.
+pub fn refuse_futex_waitv(command: &mut std::process::Command, error: i32) {
+    use std::os::unix::process::CommandExt;
+    let filter = move || {
+        let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+        let refuse = libc::SECCOMP_RET_ERRNO | error as u32;
+        let mut steps = [
+            // The call's number stands first in what the filter sees.
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_futex_waitv as u32),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, refuse),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog { len: 4, filter: steps.as_mut_ptr() };
+        // SAFETY: plain system calls, allowed between fork and exec; the program lives through the second one.
+        let done = unsafe {
+            libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+            libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+        };
+        if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure only makes these calls.
+    unsafe { command.pre_exec(filter) };
 }
 
 /// Signals all processes of the group that a child of ours leads.

@@ -74,6 +74,12 @@ impl Cli {
         self
     }
 
+    /// Has futex_waitv fail with this error.
+    pub fn without_futex_waitv(mut self, error: i32) -> Self {
+        process::refuse_futex_waitv(&mut self.command, error);
+        self
+    }
+
     /// Gives it a process group of its own, as a shell gives to what it runs in a terminal.
     pub fn own_group(mut self) -> Self {
         self.command.process_group(0);
@@ -120,10 +126,10 @@ impl Cli {
         Started { child, out, err }
     }
 
-    /// Starts it with its output in a pipe of the test's own.
+    /// Starts it with its output in a pipe of the test's own, and without its report.
     #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
     pub fn start_bare(mut self) -> Child {
-        self.command.stdout(Stdio::piped());
+        self.command.stdout(Stdio::piped()).stderr(Stdio::null());
         process::end_with_us(&mut self.command);
         self.command.spawn().expect("the test program can be started")
     }
