@@ -39,7 +39,8 @@ pub struct Args {
     /// Events a second, all sources together [default: full speed]
     #[arg(long, value_name = "R")]
     rate: Option<u64>,
-    /// State of the whole job before the first kill, in MiB [default: a million keys]
+    /// State of the whole job before the first kill, at least, in MiB; the result says how much it
+    /// was [default: a million keys]
     #[arg(long, value_name = "M")]
     state_mib: Option<u64>,
     /// Milliseconds between a recovery and the next kill, at least; up to twice that, at random

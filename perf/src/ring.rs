@@ -34,13 +34,13 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Bytes of ring, a power of two, at least a page and two batches
-    /// [default: 4 MiB as in a job, 256 KiB for 8-byte messages]
+    /// [default: 1 MiB, for 1024-byte messages 4 MiB]
     #[arg(long, value_name = "BYTES")]
     ring_bytes: Option<testudo::config::Bytes>,
 }
 
 /// Spins between two looks that found something: as a worker, which looks once a step.
-const SPINS_OF_A_STEP: usize = 16;
+const SPINS_OF_A_STEP: usize = 48;
 
 /// Round trips that are timed.
 const ROUND_TRIPS: u64 = 200_000;
@@ -351,7 +351,7 @@ pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
     Ok(lines)
 }
 
-/// As in a job; what stays in a core's own cache for the smallest messages.
+/// As much as a core's own cache holds; for large messages, as much as a job's ring.
 fn default_capacity(bytes: usize) -> usize {
-    if bytes > 8 { 4 << 20 } else { 256 << 10 }
+    if bytes > 64 { 4 << 20 } else { 1 << 20 }
 }

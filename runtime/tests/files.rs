@@ -423,11 +423,11 @@ fn every_part_begins_with_the_header() {
     }
 }
 
-/// Starts a job that writes slowly and for ever, and waits for its first bytes.
+/// Starts a job that writes slowly and for ever, and waits until it has written in several steps.
 fn writing(output: &Path, workers: usize) -> common::program::Started {
-    let job = Cli::new("endless", &text(output)).workers(workers).args(["--rate", "5000"]).start();
-    common::wait_for("the first bytes", || {
-        fs::metadata(output).is_ok_and(|meta| meta.len() > 0).then_some(())
+    let job = Cli::new("endless", &text(output)).workers(workers).args(["--rate", "20000"]).start();
+    common::wait_for("the first steps' bytes", || {
+        fs::metadata(output).is_ok_and(|meta| meta.len() > 20_000).then_some(())
     });
     job
 }

@@ -455,7 +455,8 @@ fn a_worker_that_leaves_by_itself_has_died() {
     assert_eq!(ended.code, Some(5));
     assert_eq!(
         ended.err,
-        "job: worker 0 died 3 times in a row without finishing a step (exit code 0); mend the cause, or raise \
+        "job: worker 0 died 3 times in a row without finishing a step (exit code 0); mend the \
+         cause, or raise \
          --restart-budget\n"
     );
 }

@@ -12,14 +12,14 @@
 
 use super::{Bounds, Window};
 use crate::operator::Push;
-use crate::operator::aggregate::{KeyedParts, pipelined};
+use crate::operator::aggregate::{AHEAD, KeyedParts, pipelined};
 use crate::worker::context::{CounterPlace, Cx};
 use std::marker::PhantomData;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use testudo_shm::record::{Batch, Item, Record};
 use testudo_shm::txn::Place;
-use testudo_state::{Groups, KeyHash, Slices};
+use testudo_state::{Groups, KeyHash, Slices, Table};
 
 /// Slots of dropped slices looked at for freeing in one call.
 const SWEEP: u64 = 512;
@@ -52,6 +52,8 @@ pub struct KeyedWindow<T: Record, K: Record, A: Record, U: Record, X: KeyedFns<T
     pub(crate) cells: FireCells,
     /// The slice that was last found not to be late under the present watermark: [from, to).
     pub(crate) good: (i64, i64),
+    /// Where the values of a run lie, while it is folded.
+    pub(crate) places: [*mut u8; AHEAD],
     pub(crate) late_records: CounterPlace,
     pub(crate) late: M,
     pub(crate) next: N,
@@ -130,6 +132,52 @@ where
             let error = error.to_string();
             cx.fail(crate::error::Error::job(&self.keyed.name, error));
         }
+    }
+
+    /// Hashes the keys of a chunk and asks for their slots in the slice in use.
+    #[inline(always)]
+    fn ask(&mut self, chunk: Batch<'_, T>, hashes: &mut [KeyHash; AHEAD]) {
+        for (hash, item) in hashes.iter_mut().zip(chunk) {
+            *hash = self.keyed.hash(item);
+            self.slices.prefetch(self.good.0, *hash);
+        }
+    }
+
+    /// Applies a chunk: all records of the slice in use whose keys are quickly found in one run, the
+    /// others one by one.
+    #[inline(always)]
+    fn apply_chunk(&mut self, cx: &mut Cx, chunk: Batch<'_, T>, hashes: &[KeyHash; AHEAD]) {
+        let mut rest = chunk;
+        let mut from = 0;
+        while !rest.is_empty() {
+            let done = self.apply_run(cx, rest, &hashes[from..]);
+            let (slow, after) = rest.split_at(done).1.split_at(1);
+            if let Some(item) = slow.iter().next() {
+                self.apply(cx, hashes[from + done], item);
+            }
+            from += done + slow.len();
+            rest = after;
+        }
+    }
+
+    /// Folds the longest run of quickly found keys of the slice in use; returns its length.
+    #[inline(always)]
+    fn apply_run(&mut self, cx: &mut Cx, batch: Batch<'_, T>, hashes: &[KeyHash]) -> usize {
+        let (key, fns, good) = (&self.keyed.key, &self.fns, self.good);
+        if good.0 == good.1 {
+            return 0;
+        }
+        let is_good = |time: i64| good.0 <= time && time < good.1;
+        let records = hashes.iter().zip(batch);
+        let keys = records
+            .take_while(|(_, item)| is_good(fns.time(item.view)))
+            .map(|(hash, item)| (*hash, key(item.view)));
+        let table = self.slices.slice(good.0);
+        let mut run = table.run(&mut cx.txn, keys, &mut self.places[..batch.len()]);
+        for (index, item) in batch.iter().enumerate().take(run.len()) {
+            fns.fold(run.value(index), item.view);
+        }
+        run.len()
     }
 
     /// Finds the slice of a time; false when all its windows have fired.
@@ -271,12 +319,24 @@ where
     }
 
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        let ask = |this: &mut Self, item: Item<'_, T>| {
-            let hash = this.keyed.hash(item);
-            this.slices.prefetch(this.good.0, hash);
-            hash
-        };
-        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
+        if !Table::<K, A>::IN_RUNS {
+            let ask = |this: &mut Self, item: Item<'_, T>| {
+                let hash = this.keyed.hash(item);
+                this.slices.prefetch(this.good.0, hash);
+                hash
+            };
+            return pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
+        }
+        let mut hashes = [[KeyHash(0); AHEAD]; 2];
+        let (mut chunk, mut rest) = batch.split_at(AHEAD);
+        self.ask(chunk, &mut hashes[0]);
+        let mut turn = 0;
+        while !chunk.is_empty() {
+            let (next, after) = rest.split_at(AHEAD);
+            self.ask(next, &mut hashes[1 - turn]);
+            self.apply_chunk(cx, chunk, &hashes[turn]);
+            (chunk, rest, turn) = (next, after, 1 - turn);
+        }
     }
 
     fn end_batch(&mut self, cx: &mut Cx) {
