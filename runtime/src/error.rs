@@ -58,7 +58,11 @@ impl Error {
 
     /// An operator's failure.
     pub(crate) fn job(operator: &str, message: impl Into<String>) -> Self {
-        Self::Job { operator: operator.into(), message: message.into() }
+        let message = message.into();
+        // Errors of state name the operator themselves.
+        let own = format!("operator {operator}: ");
+        let message = message.strip_prefix(&own).map_or(message.clone(), str::to_owned);
+        Self::Job { operator: operator.into(), message }
     }
 }
 

@@ -35,6 +35,8 @@ pub(crate) struct Draft {
     pub(crate) edges: Vec<EdgeSpec>,
     pub(crate) operators: Vec<OperatorSpec>,
     pub(crate) outputs: Vec<(Output, usize)>,
+    /// Files that sources read.
+    pub(crate) inputs: Vec<std::path::PathBuf>,
     pub(crate) user_counters: Vec<String>,
     /// What each source's survey found, in the order of the sources.
     pub(crate) surveys: Vec<String>,
@@ -113,6 +115,7 @@ impl Flow {
             Ok(false) => divide_limit = self.settings.limit,
             Err(message) => self.error(format!("source {name}: {message}")),
         }
+        self.draft.borrow_mut().inputs.extend(source.inputs());
         let source = Rc::new(source);
         let rejects = source.may_reject().then(|| self.rejects_edge(stage, name)).flatten();
         let chain = SourceChain { source, operator, stage, rejects, divide_limit };

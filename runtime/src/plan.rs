@@ -171,6 +171,8 @@ pub(crate) struct Plan {
     pub(crate) user_counters: Vec<String>,
     /// Each with the stage that writes it.
     pub(crate) outputs: Vec<(Output, usize)>,
+    /// Files that sources read.
+    pub(crate) inputs: Vec<PathBuf>,
     pub(crate) key_groups: usize,
     pub(crate) layout: Layout,
     pub(crate) hash: u64,
@@ -228,6 +230,7 @@ impl Plan {
             operators,
             user_counters: draft.user_counters.clone(),
             outputs: draft.outputs.clone(),
+            inputs: draft.inputs.clone(),
             key_groups,
             layout,
             hash: 0,

@@ -136,6 +136,11 @@ pub trait Source: 'static {
         Ok(false)
     }
 
+    /// The files that this source reads: no sink of the job may write to one of them.
+    fn inputs(&self) -> Vec<std::path::PathBuf> {
+        Vec::new()
+    }
+
     /// True when this source may refuse input, so that a rejects file has something to hold.
     fn may_reject(&self) -> bool {
         false

@@ -92,7 +92,7 @@ impl Window {
 
     /// The window that ends at `end`.
     pub(crate) fn bounds(self, end: i64) -> Bounds {
-        Bounds { start: end - self.size, end }
+        Bounds { start: end.saturating_sub(self.size), end }
     }
 
     /// End of the next window to fire: behind the one that ended at `fired`, not among those that

@@ -112,15 +112,18 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
     );
     parsed(
         &["--ring-bytes", "12XB"],
-        "invalid value '12XB' for '--ring-bytes <BYTES>': unknown unit \"XB\"; write bytes, KiB, MiB or GiB",
+        "invalid value '12XB' for '--ring-bytes <BYTES>': unknown unit \"XB\"; write bytes, KiB, \
+         MiB or GiB",
     );
     parsed(
         &["--ring-bytes", "MiB"],
-        "invalid value 'MiB' for '--ring-bytes <BYTES>': \"MiB\" is not a number of bytes, such as 4MiB",
+        "invalid value 'MiB' for '--ring-bytes <BYTES>': \"MiB\" is not a number of bytes, such \
+         as 4MiB",
     );
     parsed(
         &["--ring-bytes", "17179869184GiB"],
-        "invalid value '17179869184GiB' for '--ring-bytes <BYTES>': 17179869184GiB is more than this machine can \
+        "invalid value '17179869184GiB' for '--ring-bytes <BYTES>': 17179869184GiB is more than \
+         this machine can \
          address",
     );
     for bad in ["1-", "", "1-0", "a", "0,,1", "5000"] {
@@ -164,17 +167,20 @@ fn every_bad_configuration_file_is_refused_with_its_place() {
     with(
         "workers = 2\nwrkers = 3\n",
         &format!(
-            "--config {file}: TOML parse error at line 2, column 1\n  |\n2 | wrkers = 3\n  | ^^^^^^\nunknown field \
-             `wrkers`, expected one of `name`, `workers`, `cores`, `idle`, `ring-bytes`, `key-groups`, `huge-pages`, \
-             `limit`, `rate`, `rejects`, `max-rejects`, `no-split`, `completeness`, `restart-budget`, \
+            "--config {file}: TOML parse error at line 2, column 1\n  |\n2 | wrkers = 3\n  | \
+             ^^^^^^\nunknown field \
+             `wrkers`, expected one of `name`, `workers`, `cores`, `idle`, `ring-bytes`, \
+             `key-groups`, `huge-pages`, \
+             `limit`, `rate`, `rejects`, `max-rejects`, `no-split`, `completeness`, \
+             `restart-budget`, \
              `trust-records`, `report`, `explain`, `no-progress`"
         ),
     );
     with(
         "workers = \"two\"\n",
         &format!(
-            "--config {file}: TOML parse error at line 1, column 11\n  |\n1 | workers = \"two\"\n  |           \
-             ^^^^^\ninvalid type: string \"two\", expected usize"
+            "--config {file}: TOML parse error at line 1, column 11\n{}",
+            "  |\n1 | workers = \"two\"\n  |           ^^^^^\ninvalid type: string \"two\", expected usize"
         ),
     );
     with("workers = 0\n", "--workers 0: a job has 1 to 120 workers");
@@ -253,7 +259,8 @@ fn switches_can_be_turned_off_where_the_file_turned_them_on() {
 }
 
 fn a_switch_takes_no_value_from_the_next_word() {
-    let message = "error: unexpected argument 'file.csv' found\n\nUsage: job [OPTIONS]\n\nFor more information, try \
+    let message = "error: unexpected argument 'file.csv' found\n\nUsage: job [OPTIONS]\n\nFor \
+    more information, try \
                    '--help'.\n";
     refused(&["--explain", "file.csv"], 2, message);
 }
@@ -403,7 +410,8 @@ fn few_descriptors_mean_fewer_key_groups_and_a_message() {
     assert_eq!(
         first,
         Some(
-            "testudo: 128 key groups need more than the 110 descriptors allowed (ulimit -n); using 32"
+            "testudo: 128 key groups need more than the 110 descriptors allowed (ulimit -n); \
+             using 32"
         )
     );
     tally::check(&output, 6000, 2);
@@ -485,7 +493,8 @@ fn a_line_longer_than_the_ring_is_an_error() {
     assert_eq!(ended.code, Some(1));
     assert_eq!(
         ended.err,
-        "job: operator standard input: a line of 100016 bytes does not fit into a ring of 65536; raise \
+        "job: operator standard input: a line of 100016 bytes does not fit into a ring of 65536; \
+         raise \
          --ring-bytes\n"
     );
 }

@@ -49,6 +49,7 @@ fn main() -> ExitCode {
             a_second_job_on_an_output_is_refused_and_told_by_whom,
             a_refused_job_has_touched_none_of_its_outputs,
             one_output_for_two_sinks_is_refused,
+            an_output_that_is_an_input_is_refused_and_left_as_it_is,
             an_output_of_a_killed_job_can_be_written_again,
             r13_an_output_cut_short_from_outside_is_an_error,
             r13_an_output_cut_short_before_a_recovery_is_an_error,
@@ -287,7 +288,8 @@ fn more_rejects_than_allowed_end_the_job() {
     assert_eq!(
         message,
         format!(
-            "operator rows (worker 0): 5 inputs refused, more than --max-rejects 4 allows; the last one: \
+            "operator rows (worker 0): 5 inputs refused, more than --max-rejects 4 allows; the \
+             last one: \
              {}:44\tfield \"id\" (column 1) is \"x\": invalid digit found in string\tx,bb,",
             text(&case.input)
         )
@@ -425,7 +427,7 @@ fn every_part_begins_with_the_header() {
 
 /// Starts a job that writes slowly and for ever, and waits until it has written in several steps.
 fn writing(output: &Path, workers: usize) -> common::program::Started {
-    let job = Cli::new("endless", &text(output)).workers(workers).args(["--rate", "20000"]).start();
+    let job = Cli::new("endless", &text(output)).workers(workers).args(["--rate", "5000"]).start();
     common::wait_for("the first steps' bytes", || {
         fs::metadata(output).is_ok_and(|meta| meta.len() > 20_000).then_some(())
     });
@@ -440,7 +442,8 @@ fn a_second_job_on_an_output_is_refused_and_told_by_whom() {
     assert_eq!(
         second.err,
         format!(
-            "job: output {} is being written by process {}; wait for it, stop it, or choose another output\n",
+            "job: output {} is being written by process {}; wait for it, stop it, or choose \
+             another output\n",
             text(&case.output),
             first.pid()
         )
@@ -479,6 +482,16 @@ fn one_output_for_two_sinks_is_refused() {
         ended.err,
         format!("job: two sinks write to {}; give each an output of its own\n", text(&case.output))
     );
+}
+
+fn an_output_that_is_an_input_is_refused_and_left_as_it_is() {
+    let rows = "id,name,share\n1,a,\n";
+    let case = Case::new(rows);
+    std::os::unix::fs::symlink(&case.input, &case.output).expect("room for a link");
+    let (message, code) = run_failing(csv_to_file, &case.parameters(), settings(1));
+    assert_eq!(code, 3);
+    assert!(message.contains("it would be emptied before it is read"), "{message}");
+    assert_eq!(fs::read_to_string(&case.input).expect("the input is there"), rows);
 }
 
 fn an_output_of_a_killed_job_can_be_written_again() {
@@ -570,7 +583,8 @@ fn an_input_that_shrinks_is_an_error() {
     assert_eq!(
         error.to_string(),
         format!(
-            "operator rows (worker 0): input file {} has 1000 bytes, but {bytes} when the job started; input files \
+            "operator rows (worker 0): input file {} has 1000 bytes, but {bytes} when the job \
+             started; input files \
              must not be shortened while a job reads them: put the file back and resume",
             text(&case.input)
         )

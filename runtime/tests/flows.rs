@@ -727,7 +727,8 @@ fn a_stage_wider_than_the_job_is_refused() {
     let (message, code) = run_failing(too_wide, "", settings(2));
     assert_eq!(
         message,
-        "stage numbers+widen+for_each has parallelism 3, but the job has 2 workers: lower it, isolate the stage, or \
+        "stage numbers+widen+for_each has parallelism 3, but the job has 2 workers: lower it, \
+         isolate the stage, or \
          raise --workers"
     );
     assert_eq!(code, 3);

@@ -235,7 +235,8 @@ fn r11_a_kill_in_rollback_repeats_the_rollback() {
     let (before, rolling) = (index(Point::BeforeCommit), index(Point::RollingBack));
     for worker in [0, 1] {
         let orders = format!(
-            "{worker}:{rolling}:4:9,{worker}:{rolling}:3:3,{worker}:{rolling}:2:0,{worker}:{before}:1:6"
+            "{worker}:{rolling}:4:9,{worker}:{rolling}:3:3,{worker}:{rolling}:2:0,\
+             {worker}:{before}:1:6"
         );
         killed_at(&orders, 4);
     }
@@ -352,7 +353,8 @@ fn a_worker_that_dies_for_ever_uses_up_the_budget() {
     assert_eq!(ended.code, Some(5), "{}", ended.err);
     assert_eq!(
         ended.err,
-        "job: worker 1 died 4 times in a row without finishing a step (SIGKILL); mend the cause, or raise \
+        "job: worker 1 died 4 times in a row without finishing a step (SIGKILL); mend the cause, \
+         or raise \
          --restart-budget\n"
     );
 }

@@ -19,7 +19,8 @@ use crate::txn::{Place, Plain, Txn};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 const MAGIC: u64 = 0x7465_7374_6365_6c31;
-const ENTRIES: u64 = 1024;
+/// Cells that a directory can name.
+pub const ENTRIES: u64 = 16_384;
 
 /// Bytes of the directory's head and entries, before the first cell.
 pub const DIRECTORY: u64 = 64 + ENTRIES * size_of::<Entry>() as u64;
@@ -69,7 +70,9 @@ pub enum CellError {
 impl std::fmt::Display for CellError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Full { name, bytes } => write!(f, "no room for cell {name} in {bytes} bytes"),
+            Self::Full { name, bytes } => {
+                write!(f, "no room for cell {name}: an area has {bytes} bytes and {ENTRIES} cells")
+            }
             Self::Size { name, found, wanted } => {
                 write!(f, "cell {name} has {found} bytes, this program wants {wanted}")
             }

@@ -9,7 +9,7 @@ use common::{Memory, must};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::mem::offset_of;
-use testudo_shm::cell::{Cells, DIRECTORY};
+use testudo_shm::cell::{Cells, DIRECTORY, ENTRIES};
 use testudo_shm::counters::{self, Counter};
 use testudo_shm::frame::{COUNT_MAX, Head, Kind, Mark};
 use testudo_shm::header::{ControlHeader, Gap, LAYOUT_VERSION, MAGIC, WorkerHeader};
@@ -175,7 +175,9 @@ fn the_cell_directory_lies_where_the_document_says() {
     assert_eq!(read(&mut memory, second, "Entry", "offset"), DIRECTORY + 8);
     assert_eq!(read(&mut memory, second, "Entry", "bytes"), 4);
     assert_eq!(memory.words()[(4096 + DIRECTORY as usize) / 8 + 1], 5);
-    assert!(include_str!("../LAYOUT.md").contains(&format!("cells from byte {DIRECTORY} on")));
+    let line =
+        format!("A directory of {ENTRIES} entries, then the cells from byte {DIRECTORY} on.");
+    assert!(include_str!("../LAYOUT.md").contains(&line), "LAYOUT.md lacks: {line}");
 }
 
 #[test]

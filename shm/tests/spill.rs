@@ -15,7 +15,8 @@ use testudo_shm::txn::{Place, Txn};
 
 const LOG: usize = 64 << 10;
 const AREA: usize = 8 << 20;
-const AREA_AT: usize = 128 << 10;
+const CELLS: u64 = DIRECTORY + 1024;
+const AREA_AT: usize = (LOG + CELLS as usize).next_multiple_of(4096);
 const ALL: usize = AREA_AT + AREA;
 
 struct Worker {
@@ -32,7 +33,7 @@ fn attach(memory: &Memory, area: usize) -> Worker {
     unsafe {
         let mut txn = Txn::attach(base, ALL, base, LOG, LOG / 2);
         must(txn.roll_back());
-        let cells = must(Cells::open(&mut txn, LOG as u64, DIRECTORY + 1024));
+        let cells = must(Cells::open(&mut txn, LOG as u64, CELLS));
         let spill = must(Spill::attach(&mut txn, cells, "spill", base.add(AREA_AT), area));
         let next = must(cells.cell(&mut txn, "next", 0u64));
         let tail = must(cells.cell(&mut txn, "tail", 0u64));

@@ -398,6 +398,16 @@ impl Groups {
         }
     }
 
+    /// Gives the pages of big blocks that are free, and committed so, back to the system (rule
+    /// R12). To be called right after `begin_step`. Costs nothing when there are none.
+    pub fn give_back(&self, txn: &Txn) {
+        self.punch(txn, |group, at, bytes| {
+            if let Some(seg) = self.shared.try_seg(group) {
+                seg.give_back(at, bytes);
+            }
+        });
+    }
+
     /// Names the pages (group, offset, bytes) of big blocks that are free and committed so, for
     /// punching. To be called right after `begin_step`. Costs nothing when there are none.
     pub fn punch(&self, txn: &Txn, mut punch: impl FnMut(u32, u64, u64)) {

@@ -111,6 +111,13 @@ impl Seg {
         }
     }
 
+    /// Gives the whole pages of a free range back: they read as zeros afterwards, and cost nothing.
+    pub(crate) fn give_back(self, at: u64, bytes: u64) {
+        let place = self.range(at, bytes as usize);
+        // SAFETY: the range is free as of the last commit, so nobody reads what was in it.
+        unsafe { libc::madvise(place.cast(), bytes as usize, libc::MADV_REMOVE) };
+    }
+
     /// Zeroes memory that nothing committed refers to.
     pub(crate) fn zero(self, txn: &mut Txn, at: u64, bytes: usize) {
         let place = self.range(at, bytes);

@@ -85,8 +85,18 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
         match &self.lanes[lane] {
             Lane::Local { intake, .. } => {
                 let batch = self.scatter.take_local(lane);
-                if !batch.is_empty() {
-                    intake.borrow_mut().take_batch(cx, batch);
+                let mut intake = intake.borrow_mut();
+                if batch.is_empty() {
+                    return;
+                }
+                if intake.room(cx) > 0 {
+                    return intake.take_batch(cx, batch);
+                }
+                // Another way to the same consumer has just made it busy.
+                for item in batch {
+                    if self.spills[lane].push(&mut cx.txn, item).is_err() {
+                        cx.fail(Error::job(&self.name, "the spill of a full consumer is full"));
+                    }
                 }
             }
             Lane::Ring(index) => {

@@ -104,7 +104,11 @@ fn limits(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resul
         LOG_SOFT_BYTES * 3 / 4,
         LOG_BYTES
     )?;
-    writeln!(out, "  cells of a worker          {CELLS_BYTES} bytes")?;
+    writeln!(
+        out,
+        "  cells of a worker          {CELLS_BYTES} bytes, {} names",
+        testudo_shm::cell::ENTRIES
+    )?;
     writeln!(out, "  spill of a lane            {SPILL_BYTES} bytes")?;
     writeln!(
         out,

@@ -135,6 +135,7 @@ impl Layout {
         }
         layout.place_segments(&words);
         layout.place_groups(operators, stages, settings);
+        layout.check_cells(operators, edges, stages)?;
         if layout.arena_bytes > 1 << 46 {
             return Err(Error::Plan(format!(
                 "the job needs {} TiB of addresses; use fewer workers, edges or key groups",
@@ -142,6 +143,37 @@ impl Layout {
             )));
         }
         Ok(layout)
+    }
+
+    /// Cells that a worker may need: two for each of its spills, one for each ring end, two for
+    /// each channel, and a handful for each operator, stage and edge.
+    pub(crate) fn cells(
+        &self,
+        operators: usize,
+        edges: usize,
+        stages: usize,
+        worker: usize,
+    ) -> usize {
+        let spills = self.spills.iter().filter(|spill| spill.worker == worker).count();
+        let ends = self.rings.iter().filter(|ring| ring.from == worker || ring.to == worker);
+        2 * spills + 3 * ends.count() + 6 * operators + 4 * edges + 2 * stages
+    }
+
+    fn check_cells(
+        &self,
+        operators: &[OperatorSpec],
+        edges: &[EdgeSpec],
+        stages: &[Stage],
+    ) -> Result<(), Error> {
+        let need = |worker| self.cells(operators.len(), edges.len(), stages.len(), worker);
+        let most = (0..self.segments.len()).map(need).max().unwrap_or(0);
+        if most as u64 > testudo_shm::cell::ENTRIES {
+            return Err(Error::Plan(format!(
+                "a worker of this job needs {most} cells, more than {}; use fewer workers or exchanges",
+                testudo_shm::cell::ENTRIES
+            )));
+        }
+        Ok(())
     }
 
     /// Rings and spills of an edge, and the words that they need at either end.

@@ -229,6 +229,10 @@ impl<T: Record> Source for FileSource<T> {
         Ok(reader)
     }
 
+    fn inputs(&self) -> Vec<PathBuf> {
+        self.paths.clone()
+    }
+
     fn may_reject(&self) -> bool {
         true
     }

@@ -259,8 +259,8 @@ mod tests {
     /// Asks at each of these times for as much as is due, and takes it.
     fn taken(pace: &mut Pace, times: impl IntoIterator<Item = u64>) -> usize {
         let mut all = 0;
-        for now in times {
-            if let Ok(due) = pace.due(now, usize::MAX) {
+        for at in times {
+            if let Ok(due) = pace.due(at, usize::MAX) {
                 pace.took(due);
                 all += due;
             }

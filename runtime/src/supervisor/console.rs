@@ -122,12 +122,26 @@ impl Console {
         Ok(())
     }
 
-    /// Waits for the thread, at once when the job failed.
+    /// Whether the console itself gave up, so that its error is the one that says what happened.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.status.failed.load(Ordering::Acquire) != 0
+    }
+
+    /// Waits for the thread; not for long when the job failed.
     pub(crate) fn join(self, at_once: bool) -> Result<(), Error> {
         if at_once {
             self.status.kill.store(1, Ordering::Release);
             self.status.lines.fetch_add(1, Ordering::Release);
             wait::wake_all(&self.status.lines);
+        }
+        // A write to a reader that does not read cannot be interrupted; the process ends without
+        // it.
+        let patience = std::time::Instant::now();
+        while at_once && self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            if patience.elapsed() > Duration::from_millis(200) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
         match self.thread.map(std::thread::JoinHandle::join) {
             None => Ok(()),

@@ -186,12 +186,24 @@ impl Launch {
         let console = Console::start(&plan, &self.settings, &stage, &events)?;
         let result = running.wait(&events, &console);
         running.crew.end(result.is_err());
+        let console_failed = console.has_failed();
         let console = console.join(result.is_err());
         drop(outputs);
-        // The console's own error says what happened; the other one only that it did.
-        console?;
-        result?;
-        Ok(Report::new(&plan, &self.settings, &stage, running.crew.restarts, begun.elapsed()))
+        // The console's own error says what happened; the other one then only that it did.
+        if !console_failed {
+            result?;
+            console?;
+        } else {
+            console?;
+            result?;
+        }
+        Ok(Report::new(
+            &plan,
+            &self.settings,
+            &stage,
+            std::mem::take(&mut running.crew.restarts),
+            begun.elapsed(),
+        ))
     }
 
     /// Draws and plans, with fewer key groups where the descriptor limit asks for it.
@@ -460,5 +472,9 @@ pub(crate) fn console_ends(
 /// Names this process as the supervisor, for ps and top.
 pub(crate) fn name_supervisor() {
     // SAFETY: a NUL-terminated literal.
-    unsafe { libc::prctl(libc::PR_SET_NAME, c"testudo-sup".as_ptr()) };
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, c"testudo-sup".as_ptr());
+        // A file that may not grow is then an error with a text.
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+    }
 }

@@ -40,6 +40,7 @@ impl Outputs {
             let file = file.map_err(|error| refuse(&lock_path, &error))?;
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
+                refuse_input(plan, &output.path, &meta)?;
                 if claimed.iter().any(|(other, ..): &(&Output, _, _)| other.path == output.path) {
                     return Err(Error::Plan(format!(
                         "two sinks write to {}; give each an output of its own",
@@ -57,6 +58,22 @@ impl Outputs {
         }
         Ok(Self { _locks: locks })
     }
+}
+
+/// An output that is also an input would be emptied before it is read.
+fn refuse_input(plan: &Plan, path: &Path, output: &std::fs::Metadata) -> Result<(), Error> {
+    for input in &plan.inputs {
+        let is_same = std::fs::metadata(input)
+            .is_ok_and(|meta| (meta.dev(), meta.ino()) == (output.dev(), output.ino()));
+        if is_same {
+            return Err(Error::Plan(format!(
+                "output {} is the input {}: it would be emptied before it is read; choose another",
+                path.display(),
+                input.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn refuse(path: &Path, error: &std::io::Error) -> Error {

@@ -27,6 +27,9 @@ use testudo_shm::primitive::Ordering;
 /// Pause before a worker that died twice without a commit is started again; doubled each time.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// A life this long was sound, even if there was nothing to commit in it.
+const SOUND_LIFE_NS: u64 = 10_000_000_000;
+
 /// Longest such pause.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -110,12 +113,13 @@ impl<'a> Crew<'a> {
             life: self.members[worker].lives,
         };
         let child = self.spawner.spawn(role, &self.scene.inherited(self.plan, worker))?;
-        watch.watch_process(child.pidfd.as_raw_fd())?;
+        let pidfd = child.pidfd.as_raw_fd();
         let member = &mut self.members[worker];
+        // From here on the process is ours to end, whatever fails.
         member.child = Some(child);
         member.lives += 1;
         member.due_ns = None;
-        Ok(())
+        watch.watch_process(pidfd)
     }
 
     /// Looks at every worker, replaces the dead, and returns the death words to sleep on, with
@@ -140,11 +144,26 @@ impl<'a> Crew<'a> {
             }
             let due = self.members[worker].due_ns.is_some_and(|due| due <= now_ns());
             if due {
-                self.spawn(watch, worker)?;
+                self.respawn(watch, worker)?;
             }
             words.push((worker, value));
         }
         Ok(words)
+    }
+
+    /// Starts a successor. A machine that has no process or memory to spare at the moment is asked
+    /// again, as often as the budget allows.
+    fn respawn(&mut self, watch: &Watch, worker: usize) -> Result<(), Error> {
+        let Err(error) = self.spawn(watch, worker) else {
+            return Ok(());
+        };
+        let member = &mut self.members[worker];
+        member.deaths += 1;
+        if member.deaths > self.settings.restart_budget || member.child.is_some() {
+            return Err(error);
+        }
+        member.due_ns = Some(now_ns() + PAUSE_MAX.as_nanos() as u64);
+        Ok(())
     }
 
     /// A worker died: `exit` says how, when that is known already.
@@ -166,7 +185,11 @@ impl<'a> Crew<'a> {
         }
         let member = &mut self.members[worker];
         let commits = header.commits.load(Ordering::Acquire);
-        member.deaths = if commits == member.commits { member.deaths + 1 } else { 1 };
+        let attached = header.attached_ns.load(Ordering::Acquire);
+        let is_its_own = header.pid.load(Ordering::Relaxed) == child.pid as u32;
+        let lived_long = is_its_own && seen_ns.saturating_sub(attached) > SOUND_LIFE_NS;
+        let is_repeated = commits == member.commits && !lived_long;
+        member.deaths = if is_repeated { member.deaths + 1 } else { 1 };
         member.commits = commits;
         let deaths = member.deaths;
         let pause = if deaths > 1 {
@@ -290,5 +313,12 @@ impl<'a> Crew<'a> {
                 self.restarts[restart].cause = exit.to_string();
             }
         }
+    }
+}
+
+impl Drop for Crew<'_> {
+    /// However the job ends, no process of it is left.
+    fn drop(&mut self) {
+        self.end(true);
     }
 }

@@ -92,13 +92,18 @@ fn raw_spawn(
             // A descriptor duplicated onto itself loses its close-on-exec flag.
             check(libc::posix_spawn_file_actions_adddup2(actions.as_mut_ptr(), fd, fd))?;
         }
-        let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        // Held back until the worker ignores them: a signal to the process group must not kill one
+        // that is just starting.
+        let mut held = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
         let mut reset = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-        libc::sigemptyset(none.as_mut_ptr());
+        libc::sigemptyset(held.as_mut_ptr());
+        for signal in crate::worker::entry::IGNORED {
+            libc::sigaddset(held.as_mut_ptr(), signal);
+        }
         libc::sigemptyset(reset.as_mut_ptr());
         // The Rust runtime ignores SIGPIPE, and ignored signals stay ignored across an exec.
         libc::sigaddset(reset.as_mut_ptr(), libc::SIGPIPE);
-        check(libc::posix_spawnattr_setsigmask(attributes.as_mut_ptr(), none.as_ptr()))?;
+        check(libc::posix_spawnattr_setsigmask(attributes.as_mut_ptr(), held.as_ptr()))?;
         check(libc::posix_spawnattr_setsigdefault(attributes.as_mut_ptr(), reset.as_ptr()))?;
         let flags = libc::POSIX_SPAWN_SETSIGMASK | libc::POSIX_SPAWN_SETSIGDEF;
         check(libc::posix_spawnattr_setflags(attributes.as_mut_ptr(), flags as libc::c_short))?;

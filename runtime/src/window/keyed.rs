@@ -143,8 +143,8 @@ where
         }
     }
 
-    /// Applies a chunk: all records of the slice in use whose keys are quickly found in one run, the
-    /// others one by one.
+    /// Applies a chunk: all records of the slice in use whose keys are quickly found in one run,
+    /// the others one by one.
     #[inline(always)]
     fn apply_chunk(&mut self, cx: &mut Cx, chunk: Batch<'_, T>, hashes: &[KeyHash; AHEAD]) {
         let mut rest = chunk;

@@ -135,6 +135,16 @@ impl Cx {
         any
     }
 
+    /// True when a producer has published something since the step looked. What lies there unread
+    /// because what is behind has no room is no reason to stay awake.
+    pub(crate) fn has_new_input(&mut self) -> bool {
+        self.in_rings.iter_mut().filter_map(|input| input.ring.as_mut()).any(|ring| {
+            let before = ring.backlog();
+            ring.look();
+            ring.backlog() != before
+        })
+    }
+
     /// True when a consumer has released something that this worker had not seen yet.
     pub(crate) fn has_room_again(&mut self) -> bool {
         self.out_rings.iter_mut().any(|out| {

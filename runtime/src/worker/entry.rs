@@ -30,6 +30,10 @@ pub(crate) const EXIT_FAILED: i32 = 70;
 /// Exit code of a worker that could not attach.
 pub(crate) const EXIT_ATTACH: i32 = 71;
 
+/// Signals of the terminal and of service managers, which are the supervisor's to act on. Workers
+/// are spawned with them held back.
+pub(crate) const IGNORED: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
 /// What the supervisor told this process to be.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Role {
@@ -114,8 +118,13 @@ fn settle(worker: usize) {
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
         libc::prctl(libc::PR_SET_NAME, name.as_ptr());
-        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        for signal in IGNORED {
             libc::signal(signal, libc::SIG_IGN);
         }
+        // A file that may not grow is then an error with a text.
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+        let mut held = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigemptyset(held.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, held.as_ptr(), std::ptr::null_mut());
     }
 }

@@ -79,7 +79,7 @@ impl Waiter {
         self.values.clear();
         self.values.extend(peers.iter().map(|peer| peer.bell.load(Ordering::Acquire)));
         wait::announce(sleeping);
-        if !cx.look() && !cx.has_room_again() && !control_changed() {
+        if !cx.has_new_input() && !cx.has_room_again() && !control_changed() {
             self.sleep(peers, event, until_due);
         }
         wait::awake(sleeping);

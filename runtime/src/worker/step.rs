@@ -79,6 +79,7 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
     let cx = &mut worker.cx;
     for groups in &worker.groups {
         groups.begin_step(&cx.txn);
+        groups.give_back(&cx.txn);
     }
     cx.look();
     // R5: the control word after the tails; nothing is loaded again within the step.
@@ -110,7 +111,8 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
     point(Point::Committed);
     publish(worker, touched);
     note_commit(worker, work);
-    work
+    // What was committed without a record (a part of the windows that fire) goes on at once.
+    work.max(1)
 }
 
 /// Publishes what the step moved and wakes who waits for it.

@@ -110,8 +110,8 @@ pub fn end_with_us(command: &mut std::process::Command) {
     unsafe { command.pre_exec(end) };
 }
 
-/// Has the kernel refuse futex_waitv to a program and all that it starts, with this error: what old kernels and the
-/// sandboxes of some containers do.
+/// Has the kernel refuse futex_waitv to a program and all that it starts, with this error: what old
+/// kernels and the sandboxes of some containers do.
 pub fn refuse_futex_waitv(command: &mut std::process::Command, error: i32) {
     use std::os::unix::process::CommandExt;
     let filter = move || {
@@ -125,7 +125,8 @@ pub fn refuse_futex_waitv(command: &mut std::process::Command, error: i32) {
             step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
         ];
         let program = libc::sock_fprog { len: 4, filter: steps.as_mut_ptr() };
-        // SAFETY: plain system calls, allowed between fork and exec; the program lives through the second one.
+        // SAFETY: plain system calls, allowed between fork and exec; the program lives through the
+        // second one.
         let done = unsafe {
             libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
             libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
