@@ -180,7 +180,8 @@ fn every_bad_configuration_file_is_refused_with_its_place() {
         "workers = \"two\"\n",
         &format!(
             "--config {file}: TOML parse error at line 1, column 11\n{}",
-            "  |\n1 | workers = \"two\"\n  |           ^^^^^\ninvalid type: string \"two\", expected usize"
+            "  |\n1 | workers = \"two\"\n  |           ^^^^^\n\
+             invalid type: string \"two\", expected usize"
         ),
     );
     with("workers = 0\n", "--workers 0: a job has 1 to 120 workers");

@@ -465,7 +465,7 @@ fn two_outputs(flow: &Flow, parameters: &str) {
 
 fn a_refused_job_has_touched_none_of_its_outputs() {
     let case = Case::new("precious\n");
-    let first = writing(&case.output, 1);
+    let first = writing(&case.output, 2);
     let second = Cli::new("two_outputs", &case.parameters()).workers(1).run();
     assert_eq!(second.code, Some(3), "{}", second.err);
     assert_eq!(fs::read_to_string(&case.input).ok().as_deref(), Some("precious\n"));
