@@ -17,7 +17,7 @@ use testudo::prelude::*;
 use testudo::serde::{Deserialize, Serialize};
 use testudo::shm::record::Record;
 use testudo::sink::file::{Csv, Json, Lines};
-use testudo::testing::KILL_AT;
+use testudo::testing::{KILL_AT, Point};
 
 const JOBS: Jobs = &[
     ("csv_to_file", csv_to_file),
@@ -26,6 +26,7 @@ const JOBS: Jobs = &[
     ("csv_to_folder", csv_to_folder),
     ("endless", endless),
     ("two_outputs", two_outputs),
+    ("moody", moody),
 ];
 
 fn main() -> ExitCode {
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
             a_limit_of_a_file_is_exact_over_all_workers,
             quoted_line_ends_are_kept_in_files_that_are_not_split,
             r13_a_file_is_the_same_to_the_byte_whoever_was_killed,
+            r13_what_an_unfinished_step_wrote_is_taken_back,
             r13_parts_in_a_folder_are_the_same_whoever_was_killed,
             a_folder_of_parts_replaces_the_parts_of_before_and_nothing_else,
             an_existing_output_is_overwritten,
@@ -366,6 +368,38 @@ fn r13_a_file_is_the_same_to_the_byte_whoever_was_killed() {
     let found = fs::read_to_string(&case.output).expect("the output is there");
     assert!(found == expected, "{} bytes instead of {}", found.len(), expected.len());
     assert_eq!(report.records_out, report.records_in);
+}
+
+/// Writes long lines in its first life and short ones afterwards: user code may do that.
+fn moody(flow: &Flow, parameters: &str) {
+    let (marker, output) = parameters.split_once(' ').expect("marker and output");
+    let marker = PathBuf::from(marker);
+    let is_first = std::cell::OnceCell::new();
+    flow.source("numbers", Generator::new(50, |n| n))
+        .map(move |n| {
+            let is_first = *is_first.get_or_init(|| {
+                let is_first = !marker.exists();
+                fs::write(&marker, "").expect("room for a file");
+                is_first
+            });
+            if is_first { format!("{n} and a lot more") } else { n.to_string() }
+        })
+        .sink(
+            "out",
+            FileSink::new(output, Lines(|line: &<String as Record>::View| line.to_string())),
+        );
+}
+
+fn r13_what_an_unfinished_step_wrote_is_taken_back() {
+    let case = Case::new("");
+    let marker = case.folder.path().join("marker");
+    let saved = Point::ALL.iter().position(|point| *point == Point::Saved).expect("a point");
+    let parameters = format!("{} {}", text(&marker), text(&case.output));
+    let job = Cli::new("moody", &parameters).workers(1).args(["--report", "json"]);
+    let ended = job.env(KILL_AT, &format!("0:{saved}:1:0")).run();
+    assert_eq!(ended.restarts(), 1, "{}", ended.err);
+    let expected: String = (0..50).map(|n| format!("{n}\n")).collect();
+    assert_eq!(fs::read_to_string(&case.output).expect("the output is there"), expected);
 }
 
 fn many_rows() -> (String, Vec<String>) {

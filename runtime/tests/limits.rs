@@ -129,44 +129,43 @@ fn a_large_record_needs_no_ring_within_one_worker() {
 
 const MILLION: u64 = 1_000_000;
 
-/// Few records, each of which becomes `fan` ones with keys of their own; behind it, sums by key and
-/// a sum of everything.
+/// Few records, each of which becomes `fan` ones; behind the exchange, their number and sum by key,
+/// and how many came out of turn: what one producer sends for a key stays in order, spilled or not.
 fn fanned(flow: &Flow, parameters: &str) {
     let fields: Vec<&str> = parameters.split(' ').collect();
-    let (fan, keys): (u64, u64) =
-        (fields[1].parse().expect("a number"), fields[2].parse().expect("a number"));
+    let number = |field: &str| field.parse::<u64>().expect("a number");
+    let (fan, keys) = (number(fields[1]), number(fields[2]));
     flow.source("seeds", Generator::new(4, |n| n))
         .flat_map(move |seed| seed * fan..(seed + 1) * fan)
         .key_by(move |n| n % keys)
         .process(
-            |state| state.value::<[u64; 2]>("sum"),
-            |sum, cx, n| {
-                let [count, all] = cx.get(sum).copied().unwrap_or_default();
-                if count == 0 {
+            |state| state.value::<[u64; 5]>("sum"),
+            move |sum, cx, n| {
+                let mut row = cx.get(sum).copied().unwrap_or_default();
+                if row[0] == 0 {
                     cx.set_timer(i64::MAX);
                 }
-                cx.set(sum, &[count + 1, all + n]);
+                // Seeds are shared out in turn among one or two producers.
+                let latest = 3 + (n / fan % 2) as usize;
+                row[2] += u64::from(*n < row[latest]);
+                row[latest] = *n;
+                (row[0], row[1]) = (row[0] + 1, row[1] + n);
+                cx.set(sum, &row);
             },
             |sum, cx, _| {
-                let [count, all] = cx.get(sum).copied().unwrap_or_default();
+                let row = cx.get(sum).copied().unwrap_or_default();
                 let key = *cx.key();
-                cx.emit([key, count, all]);
+                cx.emit([key, row[0], row[1], row[2]]);
             },
         )
-        .sink(
-            "out",
-            FileSink::new(
-                fields[0],
-                Lines(|row: &[u64; 3]| format!("{} {} {}", row[0], row[1], row[2])),
-            ),
-        );
+        .sink("out", FileSink::new(fields[0], Lines(|row: &[u64; 4]| format!("{row:?}"))));
 }
 
 /// The rows of `fanned`: for each key the numbers below four times `fan` that belong to it.
 fn fanned_rows(fan: u64, keys: u64) -> Vec<String> {
     let row = |key: u64| {
         let numbers = (key..4 * fan).step_by(keys as usize);
-        format!("{key} {} {}", numbers.clone().count(), numbers.sum::<u64>())
+        format!("{:?}", [key, numbers.clone().count() as u64, numbers.sum(), 0])
     };
     let mut rows: Vec<String> = (0..keys).map(row).collect();
     rows.sort_unstable();
