@@ -52,6 +52,7 @@ fn main() -> ExitCode {
             a_refused_job_has_touched_none_of_its_outputs,
             one_output_for_two_sinks_is_refused,
             an_output_that_is_an_input_is_refused_and_left_as_it_is,
+            every_worker_holds_the_outputs_as_long_as_it_lives,
             an_output_of_a_killed_job_can_be_written_again,
             r13_an_output_cut_short_from_outside_is_an_error,
             r13_an_output_cut_short_before_a_recovery_is_an_error,
@@ -526,6 +527,19 @@ fn an_output_that_is_an_input_is_refused_and_left_as_it_is() {
     assert_eq!(code, 3);
     assert!(message.contains("it would be emptied before it is read"), "{message}");
     assert_eq!(fs::read_to_string(&case.input).expect("the input is there"), rows);
+}
+
+fn every_worker_holds_the_outputs_as_long_as_it_lives() {
+    let case = Case::new("");
+    let job = writing(&case.output, 2);
+    for worker in job.workers(3) {
+        // Also those that write nothing: a killed launcher's workers may outlive it for a moment.
+        let open = fs::read_dir(format!("/proc/{worker}/fd")).expect("a living worker").flatten();
+        let mut targets = open.filter_map(|entry| fs::read_link(entry.path()).ok());
+        assert!(targets.any(|target| target == case.output), "worker {worker} lets go of it");
+    }
+    job.signal(libc::SIGTERM);
+    assert_eq!(job.wait().code, Some(0));
 }
 
 fn an_output_of_a_killed_job_can_be_written_again() {
