@@ -18,7 +18,8 @@ use crate::cursor;
 use crate::fault::Fault;
 use crate::frame::{HEAD, Head, Kind, Mark};
 use crate::primitive::{AtomicU64, Ordering, prefetch};
-use crate::ring::RingParts;
+use crate::ring::{CutTail, RingParts};
+use crate::segment::PAGE;
 use std::ptr::NonNull;
 use zerocopy::FromBytes;
 
@@ -246,6 +247,74 @@ impl Consumer {
         // before it.
         self.word(self.parts.head).store(self.head, Ordering::Release);
         self.published = self.head;
+    }
+
+    /// Where the producer's tail stood at its cut `epoch`; `None` before it has made that cut. What
+    /// cannot be true quarantines the ring (R9).
+    pub fn cut_tail(&mut self, epoch: u64) -> Option<u64> {
+        // SAFETY: beside the tail word, which `attach` promised to stay mapped.
+        let cut = unsafe { self.parts.cut.as_ref() };
+        // SYNC cut-tail: pairs with the release store in Producer::note_cut.
+        if cut.epoch.load(Ordering::Acquire) != epoch {
+            return None;
+        }
+        let tail = cut.tail.load(Ordering::Relaxed);
+        let (own, capacity) = (self.published, self.parts.capacity);
+        if tail < own || tail - own > capacity {
+            self.quarantine(Fault::Position { found: tail, own, capacity });
+            return None;
+        }
+        Some(tail)
+    }
+
+    /// Position up to which the producer has published, as of the last look.
+    #[must_use]
+    pub fn seen(&self) -> u64 {
+        self.tail_seen
+    }
+
+    /// Position that was last given back to the producer: bytes from there on stand still.
+    #[must_use]
+    pub fn published(&self) -> u64 {
+        self.published
+    }
+
+    /// Bytes of the ring that stand still: published by the producer and not given back. Contents
+    /// are the producer's word.
+    ///
+    /// # Panics
+    /// When the range begins before what was given back or is longer than the ring.
+    #[must_use]
+    pub fn held(&self, from: u64, bytes: usize) -> &[u8] {
+        let (own, capacity) = (self.published, self.parts.capacity);
+        assert!(from >= own && from - own + bytes as u64 <= capacity, "bytes that were given back");
+        let at = (from & (capacity - 1)) as usize;
+        // SAFETY: masked, contiguous through the mirror; the producer does not write here before
+        // the head is published.
+        unsafe { std::slice::from_raw_parts(self.parts.data.as_ptr().add(at), bytes) }
+    }
+
+    /// A consumer of frames that lie in private memory: what was in flight at a cut. The memory
+    /// stays for the rest of the process.
+    #[must_use]
+    pub fn over(frames: &[u8], head: u64) -> Self {
+        let capacity = frames.len().max(PAGE).next_power_of_two();
+        let data = NonNull::from(Box::leak(vec![0u64; capacity / 8].into_boxed_slice())).cast();
+        // SAFETY: capacity >= frames.len(); the memory was allocated just now.
+        unsafe { std::ptr::copy_nonoverlapping(frames.as_ptr(), data.as_ptr(), frames.len()) };
+        let word = |value: u64| NonNull::from(Box::leak(Box::new(AtomicU64::new(value))));
+        let cut = CutTail { epoch: AtomicU64::new(0), tail: AtomicU64::new(0) };
+        let parts = RingParts {
+            data,
+            capacity: capacity as u64,
+            tail: word(frames.len() as u64),
+            head: word(head),
+            cut: NonNull::from(Box::leak(Box::new(cut))),
+            replica_head: None,
+        };
+        // SAFETY: all parts live for the rest of the process, and nobody else has them. Frames end
+        // within the data, so no access runs over its end.
+        unsafe { Self::attach(parts, head) }
     }
 
     /// True when something was taken since the last publish.

@@ -13,7 +13,7 @@ use crate::primitive::{AtomicU32, AtomicU64};
 pub const MAGIC: u64 = 0x7465_7374_7564_6f31;
 
 /// Version of every shared layout; a change is a new number.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// Waiters that can each have a death word: supervisor, standby, replica, and one to spare.
 pub const DEATH_WORDS: usize = 4;
@@ -101,6 +101,60 @@ pub struct WorkerHeader {
     gap_line: [u64; 7],
     /// The latest long pauses between commits.
     pub gaps: [Gap; GAPS],
+    /// What this worker says about its part of the latest cut.
+    pub cut: CutWords,
+}
+
+/// A worker's word on a cut. All fields are stored before `epoch`.
+#[derive(Debug)]
+#[repr(C)]
+pub struct CutWords {
+    /// The cut that this is about.
+    pub epoch: AtomicU64,
+    /// The incarnation that says it.
+    pub incarnation: AtomicU64,
+    /// 0: its region file is complete and durable; otherwise why not: a [`CutFailure`].
+    pub failure: AtomicU64,
+    /// The operating system's error number, where there is one.
+    pub errno: AtomicU64,
+    /// Bytes of the region file.
+    pub file_bytes: AtomicU64,
+    /// Where its index begins.
+    pub index_at: AtomicU64,
+    /// Bytes of the index.
+    pub index_bytes: AtomicU64,
+    /// Checksum of the index.
+    pub index_checksum: AtomicU64,
+    /// Bytes of ring frames and spills in the file.
+    pub flight_bytes: AtomicU64,
+    /// 1 when the file needs no older one.
+    pub is_full: AtomicU64,
+    /// CPU time of the snapshot at the step boundary, nanoseconds.
+    pub pause_ns: AtomicU64,
+    /// From the snapshot to the acknowledgement, nanoseconds.
+    pub duration_ns: AtomicU64,
+    /// From the first write to the end of the sync, nanoseconds.
+    pub write_ns: AtomicU64,
+    /// Copy-on-write since this incarnation began: blocks.
+    pub copied_blocks: AtomicU64,
+    /// The same in nanoseconds.
+    pub copied_ns: AtomicU64,
+    /// The cut that this incarnation joined the job at: it takes no part in it.
+    pub joined: AtomicU64,
+}
+
+/// Why a worker's part of a cut failed, in [`CutWords::failure`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum CutFailure {
+    /// The disk refused; see the error number.
+    Disk = 1,
+    /// No room for another copy of a block before it was changed.
+    Copies = 2,
+    /// A peer of this worker died before it had taken part.
+    Peer = 3,
+    /// This worker began after the cut had.
+    Joined = 4,
 }
 
 /// Long pauses kept in a header.
@@ -124,6 +178,7 @@ const _: () = {
     assert!(std::mem::offset_of!(WorkerHeader, commits) == 384);
     assert!(std::mem::offset_of!(WorkerHeader, death) == 512);
     assert!(std::mem::offset_of!(WorkerHeader, claim) == 768);
+    assert!(std::mem::offset_of!(WorkerHeader, cut) == 1920);
     assert!(size_of::<WorkerHeader>() <= 4096);
 };
 
@@ -153,11 +208,29 @@ pub struct ControlHeader {
     /// Not zero while the supervisor's ring thread sleeps.
     pub sleeping: AtomicU32,
     sleeping_line: [u32; 31],
+    /// The regions' epochs, by number of the region.
+    pub regions: [RegionWords; REGIONS],
+}
+
+/// Regions of a job at most: each has at least one worker.
+pub const REGIONS: usize = 120;
+
+/// How far a region's cuts are. A worker loads `epoch` after the tails of its input rings (R5).
+#[derive(Debug)]
+#[repr(C)]
+pub struct RegionWords {
+    /// The latest cut that was begun, from 1; 0 before any.
+    pub epoch: AtomicU64,
+    /// The latest cut that a complete checkpoint refers to; 0 before any.
+    pub good: AtomicU64,
+    /// The latest cut that is not wanted any more.
+    pub aborted: AtomicU64,
 }
 
 #[cfg(not(loom))]
 const _: () = {
     assert!(std::mem::offset_of!(ControlHeader, control) == 128);
+    assert!(std::mem::offset_of!(ControlHeader, regions) == 512);
     assert!(std::mem::offset_of!(ControlHeader, bell) == 256);
     assert!(std::mem::offset_of!(ControlHeader, sleeping) == 384);
     assert!(size_of::<ControlHeader>() <= 4096);

@@ -27,6 +27,8 @@ pub mod scatter;
 
 pub mod consumer;
 
+pub mod blocks;
+
 pub mod txn;
 
 pub mod cell;

@@ -105,6 +105,15 @@ impl Producer {
         }
     }
 
+    /// Says where the tail stands at a cut. Between steps, when everything committed is published.
+    pub fn note_cut(&mut self, epoch: u64) {
+        // SAFETY: beside the tail word, which `attach` promised to stay mapped writable.
+        let cut = unsafe { self.parts.cut.as_ref() };
+        cut.tail.store(self.position, Ordering::Relaxed);
+        // SYNC cut-tail: pairs with the acquire load in Consumer::cut_tail.
+        cut.epoch.store(epoch, Ordering::Release);
+    }
+
     /// Bytes that the consumer has not released, as last seen.
     #[must_use]
     pub fn backlog(&self) -> u64 {

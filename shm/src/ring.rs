@@ -16,6 +16,20 @@ use std::ptr::NonNull;
 /// Bytes between two published words: adjacent lines are prefetched in pairs.
 pub const WORD_STRIDE: usize = 128;
 
+/// Distance of the [`CutTail`] from the tail word: on the same line pair.
+const CUT_AT: usize = 64;
+
+/// Where a producer's tail stood at its latest cut: what the consumer has not taken of the bytes
+/// before it at its own cut is in flight. Written by the producer, the epoch last.
+#[derive(Debug)]
+#[repr(C)]
+pub struct CutTail {
+    /// The cut.
+    pub epoch: AtomicU64,
+    /// The tail.
+    pub tail: AtomicU64,
+}
+
 /// One end's view of where a ring lies in its own address space.
 #[derive(Debug, Clone, Copy)]
 pub struct RingParts {
@@ -27,6 +41,8 @@ pub struct RingParts {
     pub tail: NonNull<AtomicU64>,
     /// The consumer's published head.
     pub head: NonNull<AtomicU64>,
+    /// Beside the tail: the producer's latest cut, and its tail at that.
+    pub cut: NonNull<CutTail>,
     /// The head of the consumer's replica, where there is one: the producer respects the lower of
     /// the two.
     pub replica_head: Option<NonNull<AtomicU64>>,
@@ -53,6 +69,7 @@ impl RingParts {
                 data: NonNull::new_unchecked(base.add(data)),
                 capacity: capacity as u64,
                 tail: NonNull::new_unchecked(base.add(tail).cast()),
+                cut: NonNull::new_unchecked(base.add(tail + CUT_AT).cast()),
                 head: NonNull::new_unchecked(base.add(head).cast()),
                 replica_head: None,
             }

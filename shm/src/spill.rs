@@ -168,7 +168,8 @@ impl Spill {
 
     /// Gives memory back when the spill was large and is empty, as of an earlier commit.
     pub fn trim(&mut self, txn: &Txn) {
-        if self.high_water > KEEP && self.is_empty(txn) && self.first_free(txn) == 0 {
+        let is_free = self.is_empty(txn) && self.first_free(txn) == 0;
+        if self.high_water > KEEP && is_free && !txn.is_cutting() {
             // SAFETY: the area is ours, empty as of a commit; whole pages of it are dropped.
             unsafe { libc::madvise(self.base.cast(), self.len as usize, libc::MADV_REMOVE) };
             self.high_water = 0;

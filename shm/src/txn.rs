@@ -14,10 +14,12 @@
 //! - an entry can be walked from its end: `[old bytes, padded to 8][offset << 16 | bytes]`.
 //!
 //! Every write to state passes `log` (undone on rollback) or `fresh` (to memory that nothing
-//! committed refers to): these two are the hook at which checkpoints learn what changed.
+//! committed refers to): these two are the hook at which checkpoints learn what changed, and keep
+//! what a cut still has to save (`blocks`).
 //!
 //! Called by `cell`, by the tables of the state crate and by the worker's step.
 
+use crate::blocks::{BLOCK_LOG2, Tracker};
 use crate::primitive::{AtomicU64, Ordering, compiler_fence};
 use std::ptr::NonNull;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -52,6 +54,10 @@ pub struct Txn {
     capacity: u64,
     arena_len: u64,
     serial: u64,
+    /// The tracker's map and present value, or null and zero when nothing is tracked.
+    map: *mut u8,
+    now: u8,
+    tracker: Option<Box<Tracker>>,
 }
 
 /// The place of a `T` in the arena.
@@ -112,6 +118,9 @@ impl Txn {
             capacity: (log_len - 64) as u64,
             arena_len: arena_len as u64,
             serial: 0,
+            map: std::ptr::null_mut(),
+            now: 0,
+            tracker: None,
         };
         txn.len = txn.root().load(Ordering::Acquire).min(txn.capacity);
         txn
@@ -132,6 +141,61 @@ impl Txn {
     fn root(&self) -> &AtomicU64 {
         // SAFETY: root points into the log, which the creator promised to outlive self.
         unsafe { self.root.as_ref() }
+    }
+
+    /// From here on, keeps account of the blocks that are written.
+    ///
+    /// # Errors
+    /// When the address space is limited.
+    pub fn track(&mut self) -> Result<(), crate::fault::SetupError> {
+        self.tracker = Some(Box::new(Tracker::new(self.arena_len as usize)?));
+        self.with_tracker(|_| ());
+        Ok(())
+    }
+
+    /// Works on the account of written blocks; `None` when there is none.
+    pub fn with_tracker<R>(&mut self, work: impl FnOnce(&mut Tracker) -> R) -> Option<R> {
+        let tracker = self.tracker.as_mut()?;
+        let done = work(tracker);
+        (self.map, self.now) = tracker.fast();
+        Some(done)
+    }
+
+    /// Whether blocks that were freed must keep their bytes: an open cut may still have to save
+    /// them.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_cutting(&self) -> bool {
+        self.tracker.as_ref().is_some_and(|tracker| tracker.is_open())
+    }
+
+    /// Notes that `at..at + bytes` is about to be written.
+    ///
+    /// # Safety
+    /// As [`Txn::log`].
+    #[inline(always)]
+    unsafe fn touch(&mut self, at: *const u8, bytes: usize) {
+        if self.map.is_null() {
+            return;
+        }
+        let from = at.addr() - self.base.addr().get();
+        let (first, last) = (from >> BLOCK_LOG2, (from + bytes).wrapping_sub(1) >> BLOCK_LOG2);
+        // SAFETY: the range lies in the arena, and the map has a byte for each of its blocks.
+        if first != last || unsafe { *self.map.add(first) } != self.now {
+            // SAFETY: passed on.
+            unsafe { self.touch_slow(first, last) };
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    unsafe fn touch_slow(&mut self, first: usize, last: usize) {
+        let base = self.base.as_ptr();
+        if let Some(tracker) = &mut self.tracker {
+            // SAFETY: blocks of the arena that the caller is about to write are mapped. (Nothing
+            // at all at a block's begin gives last < first, and does nothing.)
+            unsafe { tracker.touch(base, first as u64, last as u64) };
+        }
     }
 
     /// Address of arena offset 0.
@@ -228,6 +292,8 @@ impl Txn {
             self.overflow(next);
         }
         let offset = at.addr() as u64 - self.base.addr().get() as u64;
+        // SAFETY: passed on.
+        unsafe { self.touch(at, bytes) };
         // SAFETY: next <= capacity, so the entry lies inside the log; `at` is valid by the caller's
         // promise.
         unsafe {
@@ -279,7 +345,8 @@ impl Txn {
     /// `at..at + bytes` is inside the arena and mapped writable by this process.
     #[inline(always)]
     pub unsafe fn fresh(&mut self, at: *mut u8, bytes: usize) {
-        let _ = (at, bytes);
+        // SAFETY: passed on.
+        unsafe { self.touch(at, bytes) };
     }
 
     #[cold]
@@ -384,6 +451,8 @@ impl LogRun<'_> {
         assert!(self.left > 0, "more entries than the run was begun for");
         self.left -= 1;
         let padded = (self.bytes + 7) & !7;
+        // SAFETY: passed on.
+        unsafe { self.txn.touch(at, self.bytes) };
         // SAFETY: `run` checked the room for this many entries; `at` is vouched for by the caller.
         unsafe {
             std::ptr::copy_nonoverlapping(at, self.cursor, self.bytes);

@@ -71,6 +71,7 @@ impl Shared {
             data: self.data.cast(),
             capacity: CAPACITY as u64,
             tail: NonNull::from(&self.tail),
+            cut: NonNull::dangling(),
             head: NonNull::from(&self.head),
             replica_head: None,
         }

@@ -411,7 +411,8 @@ impl Groups {
     /// Names the pages (group, offset, bytes) of big blocks that are free and committed so, for
     /// punching. To be called right after `begin_step`. Costs nothing when there are none.
     pub fn punch(&self, txn: &Txn, mut punch: impl FnMut(u32, u64, u64)) {
-        if txn.logged() != 0 {
+        // A cut that is open may still have to save what they held.
+        if txn.logged() != 0 || txn.is_cutting() {
             return;
         }
         for (group, at, len) in self.shared.punchable.borrow_mut().drain(..) {
