@@ -12,8 +12,11 @@ use std::mem::offset_of;
 use testudo_shm::cell::{Cells, DIRECTORY, ENTRIES};
 use testudo_shm::counters::{self, Counter};
 use testudo_shm::frame::{COUNT_MAX, Head, Kind, Mark};
-use testudo_shm::header::{ControlHeader, Gap, LAYOUT_VERSION, MAGIC, WorkerHeader};
+use testudo_shm::header::{
+    ControlHeader, CutWords, Gap, LAYOUT_VERSION, MAGIC, RegionWords, WorkerHeader,
+};
 use testudo_shm::last_words::LastWords;
+use testudo_shm::ring::CutTail;
 use testudo_shm::txn::Txn;
 
 /// Size of a structure, and (name, offset, bytes) of its fields.
@@ -41,11 +44,17 @@ fn compiled() -> BTreeMap<String, Layout> {
         WorkerHeader {
             magic, version, worker, plan, incarnation, pid, state, bell, sleeping, commits,
             commit_ns, first_commit_ns, attached_ns, rolled_back, watermark, death, claim,
-            gap_count, gaps
+            gap_count, gaps, cut
         }
         ControlHeader {
-            magic, version, description_bytes, plan, supervisor, control, bell, sleeping
+            magic, version, description_bytes, plan, supervisor, control, bell, sleeping, regions
         }
+        RegionWords { epoch, good, aborted }
+        CutWords {
+            epoch, incarnation, failure, errno, file_bytes, index_at, index_bytes, index_checksum,
+            flight_bytes, is_full, pause_ns, duration_ns, write_ns, copied_blocks, copied_ns, joined
+        }
+        CutTail { epoch, tail }
         Gap { from_ns, to_ns }
         Mark { watermark, sent_ns, routing }
     }
