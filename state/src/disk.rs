@@ -16,8 +16,10 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+mod memory;
 mod pool;
 
+pub use memory::{Choice, Memory, SECTOR};
 pub use pool::{Buffer, Pool};
 
 /// The unit of state on disk, and the alignment of every direct transfer.
@@ -25,6 +27,9 @@ pub const BLOCK: usize = 4096;
 
 /// The most that one operation carries.
 pub const BUFFER_BYTES: usize = 256 << 10;
+
+/// The most operations in flight on one disk.
+pub const DEPTH_MAX: usize = 32;
 
 /// How long [`run_now`] sleeps before it looks again.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -130,6 +135,28 @@ impl Op {
             Op::SyncDir { .. } => "sync the folder",
             Op::Remove { .. } => "remove",
         }
+    }
+
+    /// The rules that can be seen without knowing the file. Some kernels forgive what others refuse,
+    /// which would hide errors.
+    fn check(&self) {
+        match self {
+            Op::Write { at, buffer, bytes, .. } | Op::Read { at, buffer, bytes, .. } => {
+                let whole = at.is_multiple_of(BLOCK as u64) && bytes.is_multiple_of(BLOCK);
+                assert!(whole, "{} of {bytes} bytes at {at}: not whole blocks", self.doing());
+                assert!((1..=BUFFER_BYTES).contains(bytes), "{} of {bytes} bytes", self.doing());
+                assert!(buffer.as_ptr().addr().is_multiple_of(BLOCK), "a buffer is aligned");
+            }
+            Op::Rename { from, to } => {
+                assert_eq!(from.parent(), to.parent(), "a file stays in its folder");
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether it moves bytes of this file.
+    fn transfers(&self, of: FileId) -> bool {
+        matches!(self, Op::Write { file, .. } | Op::Read { file, .. } if *file == of)
     }
 
     /// The buffer, when the operation carries one.
