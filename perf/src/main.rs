@@ -26,6 +26,8 @@ mod recovery;
 
 mod startup;
 
+mod regions;
+
 mod compare;
 
 use clap::{Parser, Subcommand};
@@ -67,6 +69,8 @@ enum Bench {
     Recovery(recovery::Args),
     /// From the start of a process to the first result on its standard output
     Startup(startup::Args),
+    /// How often checkpoints complete while regions fail: the coordinator on simulated tasks
+    Regions(regions::Args),
     /// This engine and others in turn, on the same work, by regime
     Compare(compare::Args),
     /// The job that `startup` launches
@@ -136,6 +140,7 @@ fn run(bench: &Bench) -> Result<Vec<Line>, Failure> {
         Bench::Latency(args) => latency::run(args),
         Bench::Recovery(args) => recovery::run(args),
         Bench::Startup(args) => startup::run(args),
+        Bench::Regions(args) => regions::run(args),
         Bench::Compare(args) => compare::run(args).map(|()| Vec::new()),
         Bench::StartupJob(args) => startup::job_process(args).map(|()| Vec::new()),
     }

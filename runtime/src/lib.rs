@@ -34,6 +34,8 @@ pub mod sink;
 
 pub mod worker;
 
+pub mod checkpoint;
+
 pub mod supervisor;
 
 pub mod metrics;

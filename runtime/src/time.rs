@@ -18,7 +18,7 @@ pub fn utc(millis: i64) -> String {
 }
 
 /// The date of a day counted from 1970-01-01, in the proleptic Gregorian calendar.
-fn civil(day: i64) -> (i64, i64, i64) {
+pub(crate) fn civil(day: i64) -> (i64, i64, i64) {
     // Days are counted from 0000-03-01, so that the leap day ends a year.
     let day = day + 719_468;
     let era = day.div_euclid(146_097);
