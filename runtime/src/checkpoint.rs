@@ -16,6 +16,8 @@ pub mod coordinator;
 
 pub mod history;
 
+pub(crate) mod notes;
+
 /// A moment, by both clocks: the monotonic one for distances, the other for people and the clock.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Now {

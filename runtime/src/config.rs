@@ -4,10 +4,12 @@
 //! Called by `cli` and by whoever embeds a job; the plan and all processes work from [`Settings`],
 //! never from the environment.
 
+use crate::checkpoint::schedule::{Schedule, parse_duration};
 use crate::error::Error;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// What a waiting worker does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -133,6 +135,39 @@ pub struct SettingsArgs {
     /// Take archived records from other workers without validating them
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     trust_records: Option<bool>,
+    /// Folder for checkpoints; without one, none is taken
+    #[arg(long, value_name = "DIR")]
+    checkpoint_dir: Option<PathBuf>,
+    /// Time between two checkpoints, such as 200ms, 1s, 5m, or never [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    checkpoint_interval: Option<Schedule>,
+    /// Checkpoints by the clock (UTC), as five fields: minute, hour, day, month, weekday
+    #[arg(long, value_name = "PATTERN", conflicts_with = "checkpoint_interval")]
+    checkpoint_at: Option<Schedule>,
+    /// Bytes a second that all workers' checkpoints may write [default: no limit]
+    #[arg(long, value_name = "BYTES")]
+    checkpoint_bandwidth: Option<Bytes>,
+    /// Memory of each worker for blocks that change while they are being saved [default: 256MiB]
+    #[arg(long, value_name = "BYTES")]
+    checkpoint_memory: Option<Bytes>,
+    /// Time after which a region's part of a checkpoint is given up [default: 60s]
+    #[arg(long, value_name = "TIME")]
+    checkpoint_deadline: Option<String>,
+    /// How files of checkpoints are written [default: auto]
+    #[arg(long, value_enum)]
+    disk: Option<DiskChoice>,
+    /// Go on from the newest whole checkpoint in the folder
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    resume: Option<bool>,
+    /// Go on from this checkpoint: its number, or the path of its manifest
+    #[arg(long, value_name = "ID|PATH")]
+    resume_from: Option<String>,
+    /// Bytes a second that the rest of a resumed state is loaded with [default: no limit]
+    #[arg(long, value_name = "BYTES")]
+    load_bandwidth: Option<Bytes>,
+    /// Resume although an operator that had state is not in the job any more
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    allow_dropped_state: Option<bool>,
     /// Form of the final report on standard error [default: text]
     #[arg(long, value_enum)]
     report: Option<ReportForm>,
@@ -146,6 +181,18 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     config: Option<PathBuf>,
+}
+
+/// How files of checkpoints are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskChoice {
+    /// By io_uring, where the system allows it.
+    Auto,
+    /// By io_uring, or not at all.
+    Uring,
+    /// By a helper thread with plain calls.
+    Pwrite,
 }
 
 /// Complete settings of a job.
@@ -186,6 +233,26 @@ pub struct Settings {
     pub restart_budget: u32,
     /// Archived records are taken without validation.
     pub trust_records: bool,
+    /// Folder for checkpoints.
+    pub checkpoint_dir: Option<PathBuf>,
+    /// When checkpoints are taken.
+    pub checkpoints: Schedule,
+    /// Bytes a second that all workers' checkpoints may write.
+    pub checkpoint_bandwidth: Option<u64>,
+    /// Bytes of each worker for blocks that change while they are being saved.
+    pub checkpoint_memory: usize,
+    /// Time after which a region's part of a checkpoint is given up.
+    pub checkpoint_deadline: Duration,
+    /// How files of checkpoints are written.
+    pub disk: DiskChoice,
+    /// Go on from the newest whole checkpoint.
+    pub resume: bool,
+    /// Go on from this checkpoint: its number, or the path of its manifest.
+    pub resume_from: Option<String>,
+    /// Bytes a second that the rest of a resumed state is loaded with.
+    pub load_bandwidth: Option<u64>,
+    /// State of operators that are not in the job any more may be dropped.
+    pub allow_dropped_state: bool,
     /// Form of the final report.
     pub report: ReportForm,
     /// Print the plan instead of running.
@@ -213,6 +280,16 @@ impl Default for Settings {
             completeness: Completeness::Full,
             restart_budget: 8,
             trust_records: false,
+            checkpoint_dir: None,
+            checkpoints: Schedule::Every(Duration::from_secs(10)),
+            checkpoint_bandwidth: None,
+            checkpoint_memory: 256 << 20,
+            checkpoint_deadline: Duration::from_secs(60),
+            disk: DiskChoice::Auto,
+            resume: false,
+            resume_from: None,
+            load_bandwidth: None,
+            allow_dropped_state: false,
             report: ReportForm::Text,
             explain: false,
             progress: true,
@@ -261,6 +338,17 @@ impl SettingsArgs {
             completeness: self.completeness.or(other.completeness),
             restart_budget: self.restart_budget.or(other.restart_budget),
             trust_records: self.trust_records.or(other.trust_records),
+            checkpoint_dir: self.checkpoint_dir.or(other.checkpoint_dir),
+            checkpoint_interval: self.checkpoint_interval.or(other.checkpoint_interval),
+            checkpoint_at: self.checkpoint_at.or(other.checkpoint_at),
+            checkpoint_bandwidth: self.checkpoint_bandwidth.or(other.checkpoint_bandwidth),
+            checkpoint_memory: self.checkpoint_memory.or(other.checkpoint_memory),
+            checkpoint_deadline: self.checkpoint_deadline.or(other.checkpoint_deadline),
+            disk: self.disk.or(other.disk),
+            resume: self.resume.or(other.resume),
+            resume_from: self.resume_from.or(other.resume_from),
+            load_bandwidth: self.load_bandwidth.or(other.load_bandwidth),
+            allow_dropped_state: self.allow_dropped_state.or(other.allow_dropped_state),
             report: self.report.or(other.report),
             explain: self.explain.or(other.explain),
             no_progress: self.no_progress.or(other.no_progress),
@@ -290,6 +378,28 @@ impl SettingsArgs {
             completeness: self.completeness.unwrap_or(base.completeness),
             restart_budget: self.restart_budget.unwrap_or(base.restart_budget),
             trust_records: self.trust_records.unwrap_or(base.trust_records),
+            checkpoint_dir: self.checkpoint_dir.or(base.checkpoint_dir),
+            // By the clock, if that was asked for on the same level or a nearer one.
+            checkpoints: self
+                .checkpoint_at
+                .or(self.checkpoint_interval)
+                .unwrap_or(base.checkpoints),
+            checkpoint_bandwidth: self
+                .checkpoint_bandwidth
+                .map_or(base.checkpoint_bandwidth, |bytes| Some(bytes.0 as u64)),
+            checkpoint_memory: self.checkpoint_memory.map_or(base.checkpoint_memory, |b| b.0),
+            checkpoint_deadline: match &self.checkpoint_deadline {
+                None => base.checkpoint_deadline,
+                Some(text) => parse_duration(text)
+                    .map_err(|why| Error::Usage(format!("--checkpoint-deadline: {why}")))?,
+            },
+            disk: self.disk.unwrap_or(base.disk),
+            resume: self.resume.unwrap_or(base.resume),
+            resume_from: self.resume_from.or(base.resume_from),
+            load_bandwidth: self
+                .load_bandwidth
+                .map_or(base.load_bandwidth, |bytes| Some(bytes.0 as u64)),
+            allow_dropped_state: self.allow_dropped_state.unwrap_or(base.allow_dropped_state),
             report: self.report.unwrap_or(base.report),
             explain: self.explain.unwrap_or(base.explain),
             progress: !self.no_progress.unwrap_or(!base.progress),
@@ -326,11 +436,30 @@ impl Settings {
                 "--rate 0: a job that reads nothing never ends; leave it out for full speed".into(),
             );
         }
+        self.check_checkpoints()?;
         let usable = usable_cores();
         if let Some(core) = self.cores.iter().find(|core| !usable.contains(core)) {
             return usage(format!(
                 "--cores: core {core} is not among those this process may use {usable:?}"
             ));
+        }
+        Ok(())
+    }
+}
+
+impl Settings {
+    fn check_checkpoints(&self) -> Result<(), Error> {
+        let usage = |message: &str| Err(Error::Usage(message.into()));
+        if self.checkpoint_dir.is_none() && (self.resume || self.resume_from.is_some()) {
+            return usage("--resume needs --checkpoint-dir DIR: the folder to resume from");
+        }
+        if self.checkpoint_bandwidth == Some(0) || self.load_bandwidth == Some(0) {
+            return usage(
+                "a bandwidth of 0 would never write or load anything; leave it out for no limit",
+            );
+        }
+        if self.checkpoint_memory < 1 << 20 {
+            return usage("--checkpoint-memory: at least 1MiB, or no checkpoint can be taken");
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ pub(crate) mod layout;
 
 pub(crate) mod explain;
 
+use crate::checkpoint::regions::Regions;
 use crate::config::Settings;
 use crate::error::Error;
 use crate::flow::Draft;
@@ -175,6 +176,8 @@ pub(crate) struct Plan {
     pub(crate) inputs: Vec<PathBuf>,
     pub(crate) key_groups: usize,
     pub(crate) layout: Layout,
+    /// Workers that share no data with others: each has its own cuts.
+    pub(crate) regions: Regions,
     pub(crate) hash: u64,
 }
 
@@ -232,6 +235,7 @@ impl Plan {
             outputs: draft.outputs.clone(),
             inputs: draft.inputs.clone(),
             key_groups,
+            regions: regions(workers, &layout),
             layout,
             hash: 0,
         };
@@ -254,6 +258,24 @@ impl Plan {
             parts.push(schema(operator.uid(), &[operator.stage as u64, state]));
         }
         schema("plan", &parts)
+    }
+
+    /// Identifies stages, subtasks and edges, whatever the bytes of rings and the number of groups:
+    /// cells and bytes in flight mean the same in two runs of one shape.
+    pub(crate) fn shape(&self) -> u64 {
+        let mut parts = vec![self.workers as u64];
+        for stage in &self.stages {
+            parts.extend(stage.workers.iter().map(|worker| *worker as u64));
+            parts.push(u64::MAX);
+        }
+        for edge in &self.edges {
+            let end = |end: Option<usize>| end.map_or(u64::MAX, |stage| stage as u64);
+            parts.push(schema(edge.kind.label(), &[end(edge.from), end(edge.to), edge.schema]));
+        }
+        for operator in &self.operators {
+            parts.push(schema(operator.uid(), &[operator.stage as u64]));
+        }
+        schema("shape", &parts)
     }
 
     /// The launching process, as a process index.
@@ -285,6 +307,14 @@ impl OperatorSpec {
     pub(crate) fn uid(&self) -> &str {
         self.uid.as_deref().unwrap_or(&self.name)
     }
+}
+
+/// Two workers are in one region when a ring connects them. All subtasks of a worker are in its
+/// region: they share one transaction and one fate.
+fn regions(workers: usize, layout: &Layout) -> Regions {
+    let rings = layout.rings.iter().map(|ring| (ring.from, ring.to));
+    let edges: Vec<_> = rings.filter(|(from, to)| *from < workers && *to < workers).collect();
+    Regions::of(workers, &edges)
 }
 
 /// The name of a stage: its first operator's, which may have been renamed since.

@@ -15,7 +15,7 @@ pub mod file;
 use crate::error::Error;
 use crate::operator::Push;
 use crate::source::Subtask;
-use crate::worker::context::{CounterPlace, Cx};
+use crate::worker::context::{CounterPlace, Cx, SharedFile};
 use std::marker::PhantomData;
 use testudo_shm::record::{Item, Record};
 use testudo_shm::txn::{Place, Plain};
@@ -61,6 +61,11 @@ pub trait Writer<T: Record, P: Plain>: 'static {
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.
     fn flush(&mut self, position: &mut P) -> Result<(), String>;
+
+    /// The file that must be on disk up to the position before a checkpoint may refer to it.
+    fn file(&self) -> Option<SharedFile> {
+        None
+    }
 }
 
 /// The operator at the end of a stage that writes to a sink.

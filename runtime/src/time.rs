@@ -7,6 +7,17 @@ pub fn now_ns() -> u64 {
     clock::monotonic_ns()
 }
 
+/// Nanoseconds of processor time that this thread has used.
+pub(crate) fn thread_ns() -> u64 {
+    clock::thread_ns()
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn unix_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
 /// Event time in words: milliseconds since 1970, UTC, to the second.
 #[must_use]
 pub fn utc(millis: i64) -> String {
@@ -83,9 +94,18 @@ mod clock {
 
     #[inline]
     pub(super) fn monotonic_ns() -> u64 {
+        read(libc::CLOCK_MONOTONIC)
+    }
+
+    pub(super) fn thread_ns() -> u64 {
+        read(libc::CLOCK_THREAD_CPUTIME_ID)
+    }
+
+    #[inline]
+    fn read(clock: libc::clockid_t) -> u64 {
         let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: now is a valid place for the result; CLOCK_MONOTONIC always exists.
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+        // SAFETY: now is a valid place for the result; both clocks always exist.
+        unsafe { libc::clock_gettime(clock, &raw mut now) };
         now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
     }
 }

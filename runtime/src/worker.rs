@@ -2,7 +2,8 @@
 //! time and after every crash alike), then takes steps until all its stages are done.
 //!
 //! `entry` is where the process begins, `attach` maps and recovers, `context` is what a step works
-//! on, `step` is the loop, `idle` is how it waits.
+//! on, `step` is the loop, `idle` is how it waits;
+//! `cut` is its part of a checkpoint, which `save` writes.
 
 pub(crate) mod entry;
 
@@ -13,6 +14,10 @@ pub(crate) mod context;
 pub(crate) mod step;
 
 pub(crate) mod idle;
+
+pub(crate) mod cut;
+
+pub(crate) mod save;
 
 use crate::operator::Stage;
 use std::cell::RefCell;

@@ -123,6 +123,62 @@ impl Cells {
         begins && end <= u64::from(head.used)
     }
 
+    /// All cells, as the hashes of their names and their bytes: for a cut.
+    ///
+    /// # Errors
+    /// When the directory is damaged.
+    pub fn export(self, txn: &Txn) -> Result<Vec<(u64, Vec<u8>)>, CellError> {
+        let head = txn.get(self.head(txn));
+        if head.magic != MAGIC || !self.is_sound(head) {
+            return Err(CellError::Damaged);
+        }
+        let cells = (0..head.count).map(|index| {
+            let entry = txn.get(self.entry(txn, index));
+            if !Self::holds(head, entry) {
+                return Err(CellError::Damaged);
+            }
+            let from = self.at + u64::from(entry.offset);
+            let bytes =
+                (0..u64::from(entry.bytes)).map(|byte| txn.get(txn.place::<u8>(from + byte)));
+            Ok((entry.name, bytes.collect()))
+        });
+        cells.collect()
+    }
+
+    /// Makes a cell that another worker had, with what was in it, unless there is one of that name.
+    ///
+    /// # Errors
+    /// As [`Cells::cell`].
+    pub fn import(self, txn: &mut Txn, name: u64, bytes: &[u8]) -> Result<(), CellError> {
+        let head = txn.get(self.head(txn));
+        if !self.is_sound(head) {
+            return Err(CellError::Damaged);
+        }
+        if (0..head.count).any(|index| txn.get(self.entry(txn, index)).name == name) {
+            return Ok(());
+        }
+        let Some(offset) = self.append(txn, head, name, bytes.len()) else {
+            return Err(CellError::Full { name: format!("{name:#x}"), bytes: self.len });
+        };
+        for (byte, value) in (offset..).zip(bytes) {
+            txn.set(txn.place::<u8>(byte), *value);
+        }
+        Ok(())
+    }
+
+    /// Adds an entry for a cell of so many bytes: the arena offset of its place.
+    fn append(self, txn: &mut Txn, head: DirectoryHead, name: u64, bytes: usize) -> Option<u64> {
+        let used = u64::from(head.used) + bytes.next_multiple_of(8) as u64;
+        if used > self.len || u64::from(head.count) == ENTRIES {
+            return None;
+        }
+        let entry = Entry { name, offset: head.used, bytes: bytes as u32 };
+        txn.set(self.entry(txn, head.count), entry);
+        let grown = DirectoryHead { count: head.count + 1, used: used as u32, ..head };
+        txn.set(self.head(txn), grown);
+        Some(self.at + u64::from(head.used))
+    }
+
     fn head(self, txn: &Txn) -> Place<DirectoryHead> {
         txn.place(self.at)
     }
@@ -163,15 +219,11 @@ impl Cells {
                 return Ok(txn.place(self.at + u64::from(entry.offset)));
             }
         }
-        let used = u64::from(head.used) + u64::from(bytes.next_multiple_of(8));
-        if used > self.len || u64::from(head.count) == ENTRIES {
+        let Some(offset) = self.append(txn, head, hash, bytes as usize) else {
             return Err(CellError::Full { name: name.into(), bytes: self.len });
-        }
-        let place = txn.place(self.at + u64::from(head.used));
+        };
+        let place = txn.place(offset);
         txn.set(place, initial);
-        txn.set(self.entry(txn, head.count), Entry { name: hash, offset: head.used, bytes });
-        let head = DirectoryHead { count: head.count + 1, used: used as u32, ..head };
-        txn.set(self.head(txn), head);
         Ok(place)
     }
 }

@@ -102,3 +102,16 @@ impl Head {
         Ok(Self { kind, count, bytes })
     }
 }
+
+/// Appends a frame to bytes that will be read as a ring's.
+///
+/// # Panics
+/// When the payload is longer than a frame may be.
+pub fn append(out: &mut Vec<u8>, kind: Kind, count: usize, payload: &[u8]) {
+    let bytes = payload.len().next_multiple_of(8);
+    assert!(count as u64 <= COUNT_MAX && u32::try_from(bytes).is_ok(), "a frame of {bytes} bytes");
+    let head = Head { kind, count: count as u64, bytes: bytes as u64 };
+    out.extend_from_slice(&head.word().to_le_bytes());
+    out.extend_from_slice(payload);
+    out.resize(out.len().next_multiple_of(8), 0);
+}

@@ -11,6 +11,8 @@ pub mod segment;
 
 pub mod arena;
 
+pub mod missing;
+
 pub mod hash;
 
 pub mod record;

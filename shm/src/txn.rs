@@ -19,7 +19,7 @@
 //!
 //! Called by `cell`, by the tables of the state crate and by the worker's step.
 
-use crate::blocks::{BLOCK_LOG2, Tracker};
+use crate::blocks::{BLOCK, BLOCK_LOG2, Tracker};
 use crate::primitive::{AtomicU64, Ordering, compiler_fence};
 use std::ptr::NonNull;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -159,6 +159,16 @@ impl Txn {
         let done = work(tracker);
         (self.map, self.now) = tracker.fast();
         Some(done)
+    }
+
+    /// Gives out the next block of the open cut, as it was when the cut began: its number and its
+    /// bytes. `None` when all are saved, or there is no cut.
+    pub fn save_next<R>(&mut self, save: impl FnOnce(u64, &[u8; BLOCK]) -> R) -> Option<R> {
+        let base = self.base.as_ptr();
+        let tracker = self.tracker.as_mut()?;
+        // SAFETY: the tracker's blocks were all written through this transaction, or named by who
+        // began the cut: they are mapped, and only this thread writes them.
+        unsafe { tracker.save_next(base, save) }
     }
 
     /// Whether blocks that were freed must keep their bytes: an open cut may still have to save

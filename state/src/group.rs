@@ -43,6 +43,9 @@ pub const STAGGER: usize = 67 * 4096;
 /// Where the heap begins.
 pub const HEAP_AT: u64 = 4096;
 
+/// Offset of the word that says how far the segment was ever used: bytes behind are zeros.
+pub const USED_AT: u64 = offset_of!(GroupHeader, touched) as u64;
+
 /// The first page of a key group's segment. Never instantiated: it gives the offsets.
 #[repr(C)]
 pub(crate) struct GroupHeader {

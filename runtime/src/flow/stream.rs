@@ -215,6 +215,7 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
             let position = attach.cell(operator, "position", sink.start(subtask))?;
             let from = attach.cx.txn.get(position);
             let writer = sink.open(subtask, &from).map_err(|message| Error::job(&name, message))?;
+            attach.cx.outputs.extend(writer.file());
             let records = attach.counter(operator, CounterKind::In);
             let end = SinkEnd { name, writer, position, records, written: 0, of: PhantomData };
             chain.build(attach, end)

@@ -7,16 +7,19 @@
 //!
 //! Called by the file sinks.
 
-use std::fs::{File, OpenOptions};
+use crate::worker::context::SharedFile;
+use std::cell::RefCell;
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// An exactly growing file with a buffer of one step.
 #[derive(Debug)]
 pub struct AppendFile {
     path: PathBuf,
-    file: File,
+    file: SharedFile,
     is_regular: bool,
     buffer: Vec<u8>,
 }
@@ -44,7 +47,13 @@ impl AppendFile {
             }
             file.set_len(position).map_err(|error| failed("truncate output", error))?;
         }
+        let file = Rc::new(RefCell::new(file));
         Ok(Self { path: path.into(), file, is_regular, buffer: Vec::new() })
+    }
+
+    /// The file, for whoever must see it on disk.
+    pub fn file(&self) -> SharedFile {
+        Rc::clone(&self.file)
     }
 
     /// The buffer of the open step.
@@ -57,17 +66,18 @@ impl AppendFile {
     /// # Errors
     /// What the system says, as text.
     pub fn flush(&mut self, position: &mut u64) -> Result<(), String> {
+        let mut file = self.file.borrow_mut();
         let done = if self.is_regular {
             // Writing behind a file that was cut short would fill the gap with zeros.
-            match self.file.metadata() {
+            match file.metadata() {
                 Ok(meta) if meta.len() < *position => {
                     return Err(changed(&self.path, meta.len(), *position));
                 }
-                Ok(_) => self.file.write_all_at(&self.buffer, *position),
+                Ok(_) => file.write_all_at(&self.buffer, *position),
                 Err(error) => Err(error),
             }
         } else {
-            self.file.write_all(&self.buffer)
+            file.write_all(&self.buffer)
         };
         done.map_err(|error| format!("cannot write to {}: {error}", self.path.display()))?;
         *position += self.buffer.len() as u64;

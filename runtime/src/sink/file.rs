@@ -175,4 +175,8 @@ impl<T: Record, F: Format<T>> Writer<T, Written> for FileWriter<F> {
     fn flush(&mut self, position: &mut Written) -> Result<(), String> {
         self.file.flush(&mut position.bytes)
     }
+
+    fn file(&self) -> Option<crate::worker::context::SharedFile> {
+        Some(self.file.file())
+    }
 }

@@ -10,11 +10,17 @@
 //! Called by every operator; driven by `step`.
 
 use crate::error::Error;
+use std::cell::RefCell;
+use std::fs::File;
+use std::rc::Rc;
 use testudo_shm::consumer::Consumer;
 use testudo_shm::primitive::AtomicU32;
 use testudo_shm::producer::Producer;
 use testudo_shm::record::Scratch;
 use testudo_shm::txn::{Place, Txn};
+
+/// A file that a sink writes, shared with the cut that syncs it.
+pub type SharedFile = Rc<RefCell<File>>;
 
 /// A counter's cell.
 pub type CounterPlace = Place<u64>;
@@ -57,9 +63,28 @@ pub struct InRing {
     pub(crate) inner_count: u64,
     pub(crate) peer: usize,
     pub(crate) name: String,
+    /// The edge, and the subtasks at its ends.
+    pub(crate) edge: usize,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// The watermark of the channel that this ring feeds.
+    pub(crate) watermark: Option<Place<i64>>,
+    /// A cut still needs what lies behind the published head: the head stands still (R15).
+    pub(crate) is_held: bool,
 }
 
 impl InRing {
+    /// No cut needs the head to stand still any more: gives back what was taken meanwhile. Between
+    /// steps only.
+    pub(crate) fn let_go(&mut self) {
+        self.is_held = false;
+        if let Some(ring) = &mut self.ring
+            && ring.is_unpublished()
+        {
+            ring.publish();
+        }
+    }
+
     fn position(&self) -> InPosition {
         let head = self.ring.as_ref().map_or(self.committed[0], Consumer::position);
         [head, self.inner_bytes, self.inner_count]
@@ -79,6 +104,8 @@ pub struct Cx {
     pub(crate) draining: bool,
     /// Archived records are validated when taken.
     pub(crate) validate: bool,
+    /// The files that this worker's sinks write to.
+    pub(crate) outputs: Vec<SharedFile>,
     /// Latest watermark that an event-time operator or an inlet noted: for people, not for
     /// decisions.
     pub(crate) watermark: i64,
@@ -94,6 +121,7 @@ impl Cx {
             failure: None,
             now_ns: 0,
             draining: false,
+            outputs: Vec::new(),
             validate,
             watermark: 0,
             scratch: Vec::new(),
@@ -186,7 +214,7 @@ impl Cx {
         for input in &mut self.in_rings {
             let position = input.position();
             if position != input.committed {
-                if position[0] != input.committed[0] {
+                if position[0] != input.committed[0] && !input.is_held {
                     if let Some(ring) = &mut input.ring {
                         ring.publish();
                     }
