@@ -4,8 +4,8 @@
 //! Invariants: a write comes only from private staging memory (rule R14), in whole blocks, and goes
 //! only to a file that did not exist before (rule R4: [`Op::Create`] refuses an existing name);
 //! the slots of the roots are the one exception ([`Op::Edit`]). Nothing is linked or ordered by
-//! itself: who needs an order waits for the first operation's [`Done`] before submitting the second.
-//! Short transfers are continued and interrupted calls repeated inside.
+//! itself: who needs an order waits for the first operation's [`Done`] before submitting the
+//! second. Short transfers are continued and interrupted calls repeated inside.
 //!
 //! Called by `checkpoint`, and by workers and the supervisor.
 

@@ -2,8 +2,8 @@
 //!
 //! Short transfers are continued, interrupted calls repeated, a file system without direct
 //! transfers is used without them, a folder is opened and synced. Nothing here makes a call: a disk
-//! makes the one that [`Job::call`] names and tells [`Job::advance`] its result, as the kernel gives it
-//! (negative for an error).
+//! makes the one that [`Job::call`] names and tells [`Job::advance`] its result, as the kernel
+//! gives it (negative for an error).
 //!
 //! Invariants: pointers in a [`Call`] stay valid while the job lives, wherever it is moved; a close
 //! is never repeated.
