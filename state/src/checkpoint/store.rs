@@ -9,7 +9,7 @@
 //! - the slot of the *base*, the last checkpoint that is known to be whole, is never written;
 //! - a file whose sync failed is not written again: a new attempt makes a new one (the kernel may
 //!   have forgotten what it failed to write, and report the next sync as good);
-//! - what a failed attempt may have left in a slot counts as reached until the slot is written anew.
+//! - what a failed attempt may have left in a slot counts as reached until it is written anew.
 //!
 //! Called by the supervisor. Each call waits for the disk.
 
