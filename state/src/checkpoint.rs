@@ -28,10 +28,26 @@ mod reading;
 
 pub mod chain;
 
+pub mod manifest;
+
+pub mod root;
+
+mod lock;
+
+pub mod store;
+
+pub mod retire;
+
+pub mod verify;
+
 pub use chain::{Chain, Place};
 pub use checksum::checksum;
 pub use index::{Blob, BlockEntry, FileRef, Index, SegmentEntry, SegmentKey};
+pub use manifest::{Kind, Manifest, ManifestName, Operator, Outcome, Previous, Region, WorkerFile};
 pub use region::{RegionHeader, RegionName, RegionReader, RegionWriter};
+pub use retire::{Keep, Retired};
+pub use store::{Candidate, Store, StoreError};
+pub use verify::{VerifyReport, verify};
 
 /// Something in a checkpoint folder that is not as it was written.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,23 +4,32 @@
 //! Invariants: a write comes only from private staging memory (rule R14), in whole blocks, and goes
 //! only to a file that did not exist before (rule R4: [`Op::Create`] refuses an existing name);
 //! the slots of the roots are the one exception ([`Op::Edit`]). Nothing is linked or ordered by
-//! itself: who needs an order waits for the first operation's [`Done`] before submitting the second.
-//! Short transfers are continued and interrupted calls repeated inside.
+//! itself: who needs an order waits for the first operation's [`Done`] before submitting the
+//! second. Short transfers are continued and interrupted calls repeated inside.
 //!
 //! Called by `checkpoint`, and by workers and the supervisor.
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+mod faulty;
+mod files;
+mod job;
 mod memory;
 mod pool;
+mod pwrite;
+mod uring;
 
+pub use faulty::{Faulty, What};
 pub use memory::{Choice, Memory, SECTOR};
 pub use pool::{Buffer, Pool};
+pub use pwrite::Threaded;
+pub use uring::Uring;
 
 /// The unit of state on disk, and the alignment of every direct transfer.
 pub const BLOCK: usize = 4096;
@@ -137,8 +146,8 @@ impl Op {
         }
     }
 
-    /// The rules that can be seen without knowing the file. Some kernels forgive what others refuse,
-    /// which would hide errors.
+    /// The rules that can be seen without knowing the file. Some kernels forgive what others
+    /// refuse, which would hide errors.
     fn check(&self) {
         match self {
             Op::Write { at, buffer, bytes, .. } | Op::Read { at, buffer, bytes, .. } => {
@@ -251,6 +260,83 @@ fn failure(doing: &'static str, path: &Path, source: io::Error) -> io::Error {
 pub fn os_code(error: &io::Error) -> Option<i32> {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<Failure>());
     error.raw_os_error().or_else(|| inner.and_then(|failure| os_code(&failure.source)))
+}
+
+/// Which way to the disk a user wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskKind {
+    /// io_uring where it is allowed, else pwrite.
+    #[default]
+    Auto,
+    /// io_uring or an error.
+    Uring,
+    /// A helper thread and ordinary calls.
+    Pwrite,
+}
+
+/// Opens a disk for the calling thread. With [`DiskKind::Auto`] the second part says, when it is
+/// there, why it is not io_uring and what to do: the caller prints it once.
+pub fn open(kind: DiskKind) -> io::Result<(Box<dyn Disk>, Option<String>)> {
+    let refusal = match kind {
+        DiskKind::Pwrite => None,
+        DiskKind::Auto | DiskKind::Uring => match Uring::new(DEPTH_MAX) {
+            Ok(disk) => return Ok((Box::new(disk), None)),
+            Err(e) if kind == DiskKind::Uring => return Err(e),
+            Err(e) => Some(format!("{e}. Files are written by a helper thread instead (pwrite).")),
+        },
+    };
+    Ok((Box::new(Threaded::new()?), refusal))
+}
+
+/// A kernel that makes difficulties which it is allowed to make: for tests of the disks that use
+/// one. The default makes none.
+#[derive(Debug, Clone, Default)]
+pub struct Disturbance {
+    /// A transfer carries so many bytes at most, a multiple of [`BLOCK`]; 0 is as many as asked.
+    pub bytes_at_most: usize,
+    /// Each so many-th transfer or sync is interrupted by a signal; 0 is none, 1 is all of them.
+    pub interrupt_each: u64,
+    /// Transfers and syncs so far.
+    pub calls: u64,
+}
+
+impl Disturbance {
+    /// What a transfer may carry.
+    fn most(&self) -> usize {
+        if self.bytes_at_most == 0 { BUFFER_BYTES } else { self.bytes_at_most }
+    }
+
+    /// The result of a call, or an interruption instead.
+    fn result(&mut self, is_repeatable: bool, result: i32) -> i32 {
+        if self.interrupt_each == 0 || !is_repeatable {
+            return result;
+        }
+        self.calls += 1;
+        if self.calls.is_multiple_of(self.interrupt_each) { -libc::EINTR } else { result }
+    }
+}
+
+/// The plain files of a folder of the kernel's.
+fn list_folder(folder: &Path) -> io::Result<Vec<(String, u64)>> {
+    let read = || -> io::Result<Vec<(String, u64)>> {
+        let mut listed = Vec::new();
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        for entry in fs::read_dir(here)? {
+            let entry = entry?;
+            let about = match entry.metadata() {
+                Ok(about) => about,
+                // Removed meanwhile.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e),
+            };
+            if about.is_file() {
+                listed.push((entry.file_name().to_string_lossy().into_owned(), about.len()));
+            }
+        }
+        listed.sort();
+        Ok(listed)
+    };
+    read().map_err(|e| failure("list", folder, e))
 }
 
 /// Submits one operation and waits for it: for the supervisor's small files and for tools.

@@ -334,7 +334,7 @@ impl Chain {
         self.segments.clone_from(&index.segments);
     }
 
-    /// Points the places at the new file's blocks. Gives (segment, page) of one that is there twice.
+    /// Points the places at the new file's blocks. Gives (segment, page) of one that comes twice.
     fn take_blocks(&mut self, number: u32, index: &Index) -> Option<(u32, u32)> {
         let mut sizes = vec![(0_u64, 0_u32); index.segments.len()];
         for entry in index.blocks() {

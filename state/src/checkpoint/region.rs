@@ -169,8 +169,8 @@ pub struct RegionWriter {
     blobs: Vec<Blob>,
     /// The index as it will be written: so far, entries of blocks.
     bytes: Vec<u8>,
+    entries: u32,
     blocks: u32,
-    next_block: u32,
     running: Running,
     hashed: usize,
 }
@@ -191,8 +191,8 @@ impl RegionWriter {
             files: Vec::new(),
             blobs: Vec::new(),
             bytes: Vec::with_capacity(blocks.saturating_mul(size_of::<RawBlock>())),
+            entries: 0,
             blocks: 0,
-            next_block: 0,
             running: Running::default(),
             hashed: 0,
         }
@@ -241,7 +241,7 @@ impl RegionWriter {
             checksum: checksum(bytes).into(),
         };
         self.bytes.extend_from_slice(entry.as_bytes());
-        self.blocks += 1;
+        self.entries += 1;
         if self.bytes.len() - self.hashed >= HASH_BYTES {
             self.running.update(&self.bytes[self.hashed..]);
             self.hashed = self.bytes.len();
@@ -274,7 +274,7 @@ impl RegionWriter {
     /// Blocks given out so far.
     #[must_use]
     pub fn blocks(&self) -> u32 {
-        self.next_block
+        self.blocks
     }
 
     /// Ends the file: the index, in whole blocks, to be written at `index_at` of the reference.
@@ -286,12 +286,12 @@ impl RegionWriter {
             files: &self.files,
             segments: &self.segments,
             blobs: &self.blobs,
-            data_blocks: self.next_block,
+            data_blocks: self.blocks,
             header_checksum,
         };
-        encode_rest(&mut self.bytes, self.blocks, &rest);
+        encode_rest(&mut self.bytes, self.entries, &rest);
         self.running.update(&self.bytes[self.hashed..]);
-        let index_at = block_at(self.next_block);
+        let index_at = block_at(self.blocks);
         let index_bytes = self.bytes.len() as u64;
         let file = FileRef {
             name: self.name(),
@@ -304,9 +304,9 @@ impl RegionWriter {
     }
 
     fn next_blocks(&mut self, count: u32) -> Range<u32> {
-        let first = self.next_block;
-        self.next_block = first.checked_add(count).expect("a region file below 16 TiB");
-        first..self.next_block
+        let first = self.blocks;
+        self.blocks = first.checked_add(count).expect("a region file below 16 TiB");
+        first..self.blocks
     }
 }
 

@@ -7,8 +7,8 @@
 //! itself; a move happens whole. A sync that failed loses what it was for: later reads still see
 //! it, and no later sync makes it durable. Operations in flight may have begun.
 //!
-//! Invariants: what two runs with the same operations and the same choice leave is the same. Folders
-//! are always there.
+//! Invariants: what two runs with the same operations and the same choice leave is the same.
+//! Folders are always there.
 //!
 //! Called by tests of everything that writes checkpoints.
 

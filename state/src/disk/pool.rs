@@ -48,8 +48,8 @@ impl Drop for Shared {
     }
 }
 
-/// Staging memory of one thread: buffers of [`BUFFER_BYTES`], aligned to blocks, in huge pages where
-/// the kernel has them. Clones share the memory.
+/// Staging memory of one thread: buffers of [`BUFFER_BYTES`], aligned to blocks, in huge pages
+/// where the kernel has them. Clones share the memory.
 #[derive(Clone)]
 pub struct Pool {
     shared: Arc<Shared>,
