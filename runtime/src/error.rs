@@ -8,6 +8,7 @@
 //! | 3 | the plan cannot be run: a stream goes nowhere, too many workers, an output in use |
 //! | 4 | the machine refused something: descriptors, memory, processes |
 //! | 5 | a worker kept dying without committing anything: the restart budget is used up |
+//! | 6 | the checkpoint to resume from cannot be used: damaged, of another job, of another schema |
 //! | 130 | stopped at once by a second SIGINT or SIGTERM |
 
 use std::fmt;
@@ -38,6 +39,10 @@ pub enum Error {
         /// Cause of the last one, with its last words.
         cause: String,
     },
+    /// The checkpoint to resume from cannot be used, or its folder.
+    Checkpoint(String),
+    /// A file of a checkpoint is not as it was written.
+    Damaged(String),
     /// Stopped at once on request.
     Stopped,
 }
@@ -52,6 +57,7 @@ impl Error {
             Self::Plan(_) => 3,
             Self::Machine(_) => 4,
             Self::Budget { .. } => 5,
+            Self::Checkpoint(_) | Self::Damaged(_) => 6,
             Self::Stopped => 130,
         }
     }
@@ -70,9 +76,11 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Job { operator, message } => write!(f, "operator {operator}: {message}"),
-            Self::Usage(message) | Self::Plan(message) | Self::Machine(message) => {
-                f.write_str(message)
-            }
+            Self::Usage(message)
+            | Self::Plan(message)
+            | Self::Machine(message)
+            | Self::Checkpoint(message)
+            | Self::Damaged(message) => f.write_str(message),
             Self::Budget { worker, deaths, cause } => write!(
                 f,
                 "worker {worker} died {deaths} times in a row without finishing a step ({cause}); \
@@ -94,5 +102,11 @@ impl From<testudo_shm::fault::SetupError> for Error {
 impl From<testudo_shm::cell::CellError> for Error {
     fn from(error: testudo_shm::cell::CellError) -> Self {
         Self::Machine(format!("worker segment: {error}"))
+    }
+}
+
+impl From<testudo_state::checkpoint::Damage> for Error {
+    fn from(damage: testudo_state::checkpoint::Damage) -> Self {
+        Self::Damaged(damage.to_string())
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! `entry` is where the process begins, `attach` maps and recovers, `context` is what a step works
 //! on, `step` is the loop, `idle` is how it waits;
-//! `cut` is its part of a checkpoint, which `save` writes.
+//! `cut` is its part of a checkpoint, which `save` writes; `restore` and `load` are the way back.
 
 pub(crate) mod entry;
 
@@ -14,6 +14,12 @@ pub(crate) mod context;
 pub(crate) mod step;
 
 pub(crate) mod idle;
+
+pub(crate) mod restore;
+
+pub(crate) mod load;
+
+pub(crate) mod resume;
 
 pub(crate) mod cut;
 

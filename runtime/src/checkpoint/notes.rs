@@ -30,6 +30,10 @@ pub(crate) const SPILL: u32 = 2;
 pub(crate) struct Notes {
     pub(crate) version: u32,
     pub(crate) worker: usize,
+    /// What cells and edges mean: see `Plan::shape`.
+    pub(crate) shape: u64,
+    /// Subtasks of each stage.
+    pub(crate) stages: Vec<usize>,
     /// Counters by label.
     pub(crate) counters: Vec<(String, u64)>,
     /// Ring bytes that this worker had not taken yet.
@@ -46,14 +50,16 @@ pub(crate) struct Notes {
 pub(crate) struct Flight {
     pub(crate) blob: String,
     pub(crate) edge: usize,
-    /// The producing subtask whose watermark and end this channel carries.
+    /// The producing subtask.
     pub(crate) from: usize,
     /// The consuming subtask.
     pub(crate) to: usize,
     /// How much of the first frame was taken: bytes and records.
     pub(crate) inner: (u64, u64),
-    /// The channel's watermark before these frames.
-    pub(crate) watermark: i64,
+    /// It comes before what was in the ring: it was in flight at an earlier cut already.
+    pub(crate) is_rest: bool,
+    /// Its producer belongs to an earlier shape of the job: nothing follows on its channel.
+    pub(crate) is_past: bool,
 }
 
 /// Records of a spill: [from, to) of a segment of kind [`SPILL`].

@@ -29,9 +29,21 @@ pub struct Channel {
     pub(crate) ended: Place<u64>,
 }
 
+/// What was in flight on a channel when the job was stopped. It is taken before anything new.
+#[derive(Debug)]
+pub struct Rest {
+    pub(crate) channel: Channel,
+    /// The present channel that goes on where this ends.
+    pub(crate) present: Option<usize>,
+}
+
 pub struct Inlet<T, N> {
     pub(crate) next: N,
     pub(crate) channels: Vec<Channel>,
+    /// Empty unless the job goes on from a checkpoint, and once all of them are taken.
+    pub(crate) rests: Vec<Rest>,
+    /// 1 when all rests are taken.
+    pub(crate) rested: Place<u64>,
     /// Lowest watermark of all channels, as handed on.
     pub(crate) watermark: Place<i64>,
     /// 1 when everything has ended and was passed on.
@@ -43,7 +55,7 @@ pub struct Inlet<T, N> {
 impl<T: Record, N: Push<T>> Inlet<T, N> {
     fn advance_watermark(&mut self, cx: &mut Cx) {
         let mut lowest = i64::MAX;
-        for channel in &self.channels {
+        for channel in self.channels.iter().chain(self.rests.iter().map(|rest| &rest.channel)) {
             if cx.txn.get(channel.ended) == 0 {
                 lowest = lowest.min(cx.txn.get(channel.watermark));
             }
@@ -55,7 +67,7 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
     }
 
     fn note_watermark(&mut self, cx: &mut Cx, channel: usize, watermark: i64) {
-        let place = self.channels[channel].watermark;
+        let place = self.channel(channel).watermark;
         if watermark > cx.txn.get(place) {
             cx.txn.set(place, watermark);
             self.advance_watermark(cx);
@@ -63,13 +75,48 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
     }
 
     fn note_end(&mut self, cx: &mut Cx, channel: usize) {
-        cx.txn.set(self.channels[channel].ended, 1);
+        cx.txn.set(self.channel(channel).ended, 1);
         self.advance_watermark(cx);
+    }
+
+    /// A channel by number; those of rests follow the present ones.
+    fn channel(&self, number: usize) -> &Channel {
+        let rest = || &self.rests[number - self.channels.len()].channel;
+        self.channels.get(number).unwrap_or_else(rest)
+    }
+
+    /// Takes from rests. When all are taken, the present channels go on with what they said last.
+    #[cold]
+    fn take_rests(&mut self, cx: &mut Cx) -> usize {
+        let mut work = 0;
+        for number in 0..self.rests.len() {
+            if let Some(ring) = self.rests[number].channel.ring {
+                work += self.take_ring(cx, ring, self.channels.len() + number);
+            }
+        }
+        let is_taken = |rest: &Rest| {
+            let ring = rest.channel.ring.and_then(|ring| cx.in_rings[ring].ring.as_ref());
+            ring.is_none_or(|ring| ring.backlog() == 0)
+        };
+        if !self.rests.iter().all(is_taken) || cx.failure.is_some() {
+            return work;
+        }
+        for Rest { channel, present } in std::mem::take(&mut self.rests) {
+            let Some(present) = present else { continue };
+            let present = &self.channels[present];
+            let watermark = cx.txn.get(channel.watermark).max(cx.txn.get(present.watermark));
+            let ended = cx.txn.get(channel.ended).max(cx.txn.get(present.ended));
+            cx.txn.set(present.watermark, watermark);
+            cx.txn.set(present.ended, ended);
+        }
+        cx.txn.set(self.rested, 1);
+        self.advance_watermark(cx);
+        work + 1
     }
 
     fn try_end(&mut self, cx: &mut Cx) -> usize {
         let all = self.channels.iter().all(|channel| cx.txn.get(channel.ended) != 0);
-        if !all || cx.txn.get(self.done) != 0 || self.next.room(cx) == 0 {
+        if !all || !self.rests.is_empty() || cx.txn.get(self.done) != 0 || self.next.room(cx) == 0 {
             return 0;
         }
         if self.next.end(cx) {
@@ -176,6 +223,9 @@ fn first_records<T: Record>(batch: Batch<'_, T>, count: usize) -> Batch<'_, T> {
 impl<T: Record, N: Push<T>> Stage for Inlet<T, N> {
     fn run(&mut self, cx: &mut Cx) -> usize {
         let mut work = usize::from(self.next.pump(cx));
+        if !self.rests.is_empty() {
+            return work + self.take_rests(cx);
+        }
         let count = self.channels.len();
         for turn in 0..count {
             let channel = (self.first + turn) % count;
@@ -200,7 +250,7 @@ impl<T: Record, N: Push<T>> Stage for Inlet<T, N> {
 
 impl<T: Record, N: Push<T>> Intake<T> for Inlet<T, N> {
     fn room(&mut self, cx: &mut Cx) -> usize {
-        self.next.room(cx)
+        if self.rests.is_empty() { self.next.room(cx) } else { 0 }
     }
 
     fn take_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {

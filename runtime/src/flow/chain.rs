@@ -16,6 +16,7 @@ use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::rc::Rc;
 use testudo_shm::record::Record;
+use testudo_state::KeyHash;
 
 /// Everything of a stage before the operator that is added next.
 pub trait Chain: Sized + 'static {
@@ -130,11 +131,20 @@ impl<S: Source> Chain for SourceChain<S> {
 }
 
 /// A stage that begins behind one or more exchanges.
-#[derive(Debug)]
-pub struct InletChain<T> {
+pub struct InletChain<T: Record> {
     pub(crate) edges: Vec<usize>,
     pub(crate) stage: usize,
-    pub(crate) of: PhantomData<fn() -> T>,
+    /// Where records are routed by key: the hash of a record's key.
+    pub(crate) key: Option<KeyOf<T>>,
+}
+
+/// The hash of a record's key.
+pub(crate) type KeyOf<T> = Rc<dyn Fn(&<T as Record>::View) -> KeyHash>;
+
+impl<T: Record> std::fmt::Debug for InletChain<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "InletChain(stage {}, edges {:?})", self.stage, self.edges)
+    }
 }
 
 impl<T: Record> Chain for InletChain<T> {
@@ -144,12 +154,17 @@ impl<T: Record> Chain for InletChain<T> {
         let name = format!("stage-{}", self.stage);
         let mut channels = Vec::new();
         let mut local = Vec::new();
+        let mut rests = Vec::new();
         for &edge in &self.edges {
+            let first = channels.len();
             attach.channels(edge, &mut channels, &mut local)?;
+            attach.rests::<T>(edge, first, self.key.as_ref(), &mut rests)?;
         }
         let inlet = Rc::new(RefCell::new(Inlet {
             next,
             channels,
+            rests,
+            rested: attach.rested_cell(self.stage)?,
             watermark: attach.named_cell(&format!("{name}/watermark"), i64::MIN)?,
             done: attach.named_cell(&format!("{name}/done"), 0u64)?,
             first: 0,

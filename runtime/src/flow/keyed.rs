@@ -14,6 +14,7 @@ use crate::worker::attach::Attach;
 use std::marker::PhantomData;
 use std::rc::Rc;
 use testudo_shm::record::{Record, Scratch};
+use testudo_state::KeyHash;
 
 /// A user's key function, shared by the router before the exchange and the operator behind it.
 pub type KeyFn<F> = Rc<F>;
@@ -46,7 +47,10 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
             let next = attach.outlet::<T, _>(edge, route)?;
             chain.build(attach, next)
         }));
-        let stream = super::stream::inlet_stream(&flow, vec![edge], "keyed");
+        let again = Rc::clone(&key);
+        let hash: super::chain::KeyOf<T> =
+            Rc::new(move |view| KeyHash::of(again(view).item(&mut Scratch::default())));
+        let stream = super::stream::keyed_inlet_stream(&flow, vec![edge], "keyed", Some(hash));
         Self { stream, key, of: PhantomData }
     }
 

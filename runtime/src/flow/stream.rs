@@ -1,6 +1,6 @@
 //! Streams: the operators on single records, the exchanges, and the ends.
 
-use super::chain::{Chain, InletChain, Link, Then};
+use super::chain::{Chain, InletChain, KeyOf, Link, Then};
 use super::keyed::Keyed;
 use super::windowed::{Window, WindowedAll};
 use super::{Factory, Flow};
@@ -10,7 +10,7 @@ use crate::operator::Push;
 use crate::operator::count::Count;
 use crate::operator::stateless::{Emit, EventTime, Filter, FlatMap, Map, Split, TryMap};
 use crate::plan::{CounterKind, EdgeKind};
-use crate::sink::{ForEach, Sink, SinkEnd};
+use crate::sink::{ForEach, Sink, SinkEnd, Writer};
 use crate::worker::attach::Attach;
 use std::marker::PhantomData;
 use std::time::Duration;
@@ -215,7 +215,7 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
             let position = attach.cell(operator, "position", sink.start(subtask))?;
             let from = attach.cx.txn.get(position);
             let writer = sink.open(subtask, &from).map_err(|message| Error::job(&name, message))?;
-            attach.cx.outputs.extend(writer.file());
+            attach.cx.outputs.extend(Writer::<T, _>::file(&writer));
             let records = attach.counter(operator, CounterKind::In);
             let end = SinkEnd { name, writer, position, records, written: 0, of: PhantomData };
             chain.build(attach, end)
@@ -292,12 +292,22 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
 
 /// A new stage behind some edges.
 pub(crate) fn inlet_stream<T: Record>(flow: &Flow, edges: Vec<usize>, name: &str) -> Exchanged<T> {
+    keyed_inlet_stream(flow, edges, name, None)
+}
+
+/// As [`inlet_stream`], behind edges that route by key.
+pub(crate) fn keyed_inlet_stream<T: Record>(
+    flow: &Flow,
+    edges: Vec<usize>,
+    name: &str,
+    key: Option<KeyOf<T>>,
+) -> Exchanged<T> {
     let stage = flow.add_stage(name);
     let operator = flow.add_operator(stage, name, "inlet");
     for &edge in &edges {
         flow.draft.borrow_mut().edges[edge].to = Some(stage);
     }
-    let chain = InletChain { edges, stage, of: PhantomData };
+    let chain = InletChain { edges, stage, key };
     Stream::new(flow, stage, operator, chain)
 }
 

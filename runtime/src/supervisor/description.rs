@@ -8,6 +8,7 @@
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::layout::DESCRIPTION_BYTES;
+use crate::worker::restore::Checkpoints;
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, OwnedFd};
 use testudo_shm::arena::{Access, Arena};
@@ -33,6 +34,7 @@ pub(crate) struct Description {
     /// What the sources' surveys found.
     pub(crate) surveys: Vec<String>,
     pub(crate) plan: u64,
+    pub(crate) checkpoints: Option<Checkpoints>,
     pub(crate) supervisor: u32,
     pub(crate) segments: Vec<SegmentFds>,
     /// For each operator with state, the descriptor of each of its groups.

@@ -315,6 +315,7 @@ impl Scene {
             parameters: launch.parameters.clone(),
             surveys,
             plan: plan.hash,
+            checkpoints: None,
             supervisor: std::process::id(),
             segments: segments
                 .iter()

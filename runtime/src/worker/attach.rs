@@ -17,9 +17,13 @@
 
 use super::StageRef;
 use super::context::{CounterPlace, Cx, InRing, OutRing};
+use super::cut::Cutter;
 use super::entry::Role;
 use super::idle::Peer;
+use super::restore::Restored;
+use super::resume::Resuming;
 use super::step;
+use crate::checkpoint::notes::Part;
 use crate::config::{Completeness, Settings};
 use crate::error::Error;
 use crate::exchange::inlet::Channel;
@@ -38,13 +42,13 @@ use crate::testing::{Point, point};
 use std::any::Any;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 use testudo_shm::arena::{Access, Arena};
 use testudo_shm::cell::Cells;
 use testudo_shm::consumer::Consumer;
 use testudo_shm::death;
-use testudo_shm::header::{self, ControlHeader, WorkerHeader, WorkerState};
+use testudo_shm::header::{self, ControlHeader, CutWords, WorkerHeader, WorkerState};
 use testudo_shm::last_words::LastWords;
 use testudo_shm::primitive::{AtomicU32, Ordering};
 use testudo_shm::producer::Producer;
@@ -76,19 +80,32 @@ pub struct Worker {
     pub(crate) feeds_supervisor: bool,
     /// The descriptor to sleep on, where the kernel cannot wait on words.
     pub(crate) event: Option<i32>,
+    /// This worker's part of checkpoints, where the job takes any.
+    pub(crate) cutter: Option<Cutter>,
+    /// What of a checkpoint is still being loaded.
+    pub(crate) resuming: Resuming,
 }
 
 /// The state of attaching, handed to everything that is built for this worker.
 pub struct Attach {
     pub(crate) cx: Cx,
-    cells: Cells,
-    plan: Rc<Plan>,
-    settings: Rc<Settings>,
-    worker: usize,
-    arena: &'static Arena,
+    pub(crate) cells: Cells,
+    pub(crate) plan: Rc<Plan>,
+    pub(crate) settings: Rc<Settings>,
+    pub(crate) worker: usize,
+    pub(crate) arena: &'static Arena,
     intakes: HashMap<usize, (usize, Box<dyn Any>)>,
     groups: HashMap<usize, Groups>,
     gauge: Rc<Gauge>,
+    pub(crate) counters: Vec<(String, CounterPlace)>,
+    /// The parts of sources that this worker reads.
+    pub(crate) parts: Vec<Part>,
+    /// The checkpoint that the job goes on from, while something of it is still to be taken.
+    pub(crate) restored: Option<Restored>,
+    /// This process brings it back first.
+    pub(crate) is_first: bool,
+    /// Descriptors of the group segments, by arena offset: they tell which pages are there.
+    pub(crate) files: Vec<(usize, OwnedFd)>,
 }
 
 impl Attach {
@@ -111,7 +128,7 @@ impl Attach {
         let worker = role.worker;
         // The arena lives as long as the process: ring ends and places point into it.
         let arena: &'static Arena = Box::leak(Box::new(Arena::reserve(plan.layout.arena_bytes)?));
-        map_segments(arena, &plan, description, worker, &control)?;
+        let files = map_segments(arena, &plan, description, worker, &control)?;
         let segment = &plan.layout.segments[worker];
         // SAFETY: both pages were mapped just now and stay so.
         let (own, control) = unsafe {
@@ -129,7 +146,7 @@ impl Attach {
         words.clear();
         // A successor would fail in the same way: the job ends, and these are the words that it
         // ends with.
-        Self::take_over(role, description, flow, plan, arena, own, control)
+        Self::take_over(role, description, flow, plan, arena, own, control, files)
             .or_else(|error| step::give_up(own, words, &error))
     }
 
@@ -142,10 +159,14 @@ impl Attach {
         arena: &'static Arena,
         own: &'static WorkerHeader,
         control: &'static ControlHeader,
+        files: Vec<(usize, OwnedFd)>,
     ) -> Result<(Worker, Vec<StageRef>), Error> {
         let worker = role.worker;
         let segment = &plan.layout.segments[worker];
         let mut txn = attach_txn(arena, segment.at + segment.log);
+        if description.checkpoints.is_some() {
+            txn.track()?;
+        }
         let undone = txn.roll_back_with(|| point(Point::RollingBack)).map_err(|word| {
             Error::Machine(format!("the undo log of worker {worker} is damaged (word {word:#x})"))
         })?;
@@ -162,10 +183,17 @@ impl Attach {
             intakes: HashMap::new(),
             groups: HashMap::new(),
             gauge: Rc::new(Gauge::new(testudo_state::memory::GaugePaths::default(), None)),
+            counters: Vec::new(),
+            parts: Vec::new(),
+            restored: None,
+            is_first: false,
+            files,
         };
+        let resuming = attach.resume(description)?;
         attach.open_rings()?;
         let stages = attach.build_stages(flow)?;
         let user_counters = attach.open_counters();
+        let cutter = attach.cutter(description, own, control)?;
         attach.cx.txn.commit();
         point(Point::Opened);
         let peers = attach.peers(description);
@@ -185,6 +213,8 @@ impl Attach {
                 ends.contains(&worker) && ends.contains(&plan.supervisor())
             }),
             event: description.events.as_ref().map(|events| events[worker]),
+            cutter,
+            resuming,
         };
         this.cx.publish_all();
         point(Point::Published);
@@ -242,6 +272,11 @@ impl Attach {
                 inner_count: position[2],
                 peer: ring.from,
                 name,
+                edge: ring.edge,
+                from: ring.from_subtask,
+                to: ring.to_subtask,
+                rest: None,
+                is_held: false,
             });
         }
         Ok(())
@@ -310,7 +345,11 @@ impl Attach {
     fn counter_at(&mut self, index: usize, label: &str) -> CounterPlace {
         let at = self.plan.layout.segments[self.worker].at + COUNTERS_AT;
         let at = at + index * testudo_shm::counters::ENTRY;
-        testudo_shm::counters::open(&mut self.cx.txn, at as u64, label)
+        let place = testudo_shm::counters::open(&mut self.cx.txn, at as u64, label);
+        if self.counters.iter().all(|(_, known)| known.offset() != place.offset()) {
+            self.counters.push((label.to_owned(), place));
+        }
+        place
     }
 
     pub(crate) fn settings(&self) -> Rc<Settings> {
@@ -441,11 +480,9 @@ impl Attach {
                 own.position(|ring| ring.edge == edge && ring.from == process)
             };
             let name = format!("edge-{edge}/from-{subtask}");
-            channels.push(Channel {
-                ring,
-                watermark: self.named_cell(&format!("{name}/watermark"), i64::MIN)?,
-                ended: self.named_cell(&format!("{name}/ended"), 0u64)?,
-            });
+            let watermark = self.named_cell(&format!("{name}/watermark"), i64::MIN)?;
+            let ended = self.named_cell(&format!("{name}/ended"), 0u64)?;
+            channels.push(Channel { ring, watermark, ended });
         }
         Ok(())
     }
@@ -505,6 +542,49 @@ impl Attach {
         groups
             .table(&mut self.cx.txn, name)
             .map_err(|error| Error::job(&self.operator_name(operator), error.to_string()))
+    }
+}
+
+impl Attach {
+    /// Header and last words of this worker.
+    pub(crate) fn pages(&self) -> (&'static WorkerHeader, &'static LastWords) {
+        let at = self.plan.layout.segments[self.worker].at;
+        // SAFETY: the front of our segment is mapped for good.
+        (unsafe { header::at::<WorkerHeader>(self.arena.at(at)) }, last_words(self.arena, at))
+    }
+
+    /// What the producers of the input rings say about cuts; `None` for the supervisor.
+    pub(crate) fn producers(&self) -> Vec<Option<&'static CutWords>> {
+        let supervisor = self.plan.supervisor();
+        let rings = self.plan.layout.rings.iter().filter(|ring| ring.to == self.worker);
+        let words = rings.map(|ring| {
+            let at = self.arena.at(self.plan.layout.segments[ring.from].at);
+            // SAFETY: the fronts of all workers are mapped for good and begin with their header.
+            (ring.from != supervisor).then(|| unsafe { &header::at::<WorkerHeader>(at).cut })
+        });
+        words.collect()
+    }
+
+    /// The parts of a group's segment that have pages: [from, to) in bytes of the segment.
+    pub(crate) fn resident(&self, at: usize, bytes: usize) -> Vec<(usize, usize)> {
+        let Some((_, fd)) = self.files.iter().find(|(of, _)| *of == at) else {
+            return vec![(0, bytes)];
+        };
+        let seek = |from: usize, whence: libc::c_int| {
+            // SAFETY: a plain system call on a descriptor that we own.
+            let found = unsafe { libc::lseek(fd.as_raw_fd(), from as libc::off_t, whence) };
+            usize::try_from(found).unwrap_or(bytes).min(bytes)
+        };
+        let (mut parts, mut at) = (Vec::new(), 0);
+        while at < bytes {
+            let from = seek(at, libc::SEEK_DATA);
+            let to = if from < bytes { seek(from, libc::SEEK_HOLE) } else { bytes };
+            if from < to {
+                parts.push((from, to));
+            }
+            at = to.max(at + 1);
+        }
+        parts
     }
 }
 
@@ -568,7 +648,7 @@ fn downstream_first(plan: &Plan) -> Vec<usize> {
     order
 }
 
-fn edge_name(plan: &Plan, ring: &RingPlan) -> String {
+pub(crate) fn edge_name(plan: &Plan, ring: &RingPlan) -> String {
     let kind = plan.edges[ring.edge].kind.label();
     format!("{kind}-{}/{}-{}", ring.edge, ring.from_subtask, ring.to_subtask)
 }
@@ -584,8 +664,9 @@ fn map_segments(
     description: &Description,
     worker: usize,
     control: &Segment,
-) -> Result<(), Error> {
+) -> Result<Vec<(usize, OwnedFd)>, Error> {
     let layout = &plan.layout;
+    let mut groups = Vec::new();
     let supervisor = plan.supervisor();
     let mut files: HashMap<usize, OwnedFd> = HashMap::new();
     for (process, fds) in description.segments.iter().enumerate() {
@@ -625,9 +706,20 @@ fn map_segments(
             if description.settings.huge_pages {
                 arena.advise_huge(at, laid.bytes);
             }
+            if description.checkpoints.is_some() {
+                groups.push((at, fd));
+            }
         }
     }
-    Ok(())
+    Ok(groups)
+}
+
+/// Puts bytes of state where nothing of this worker has been yet.
+pub(crate) fn put_pages(arena: &Arena, at: usize, bytes: &[u8]) {
+    assert!(at + bytes.len() <= arena.len(), "pages outside the arena");
+    // SAFETY: the loader's targets are segments that `map_segments` has mapped writable for this
+    // worker, and nothing has been opened in them yet.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), arena.at(at), bytes.len()) };
 }
 
 fn attach_txn(arena: &'static Arena, log: usize) -> Txn {

@@ -67,22 +67,25 @@ pub struct InRing {
     pub(crate) edge: usize,
     pub(crate) from: usize,
     pub(crate) to: usize,
-    /// The watermark of the channel that this ring feeds.
-    pub(crate) watermark: Option<Place<i64>>,
+    /// It holds what was in flight when the job was stopped, in private memory.
+    pub(crate) rest: Option<Origin>,
     /// A cut still needs what lies behind the published head: the head stands still (R15).
     pub(crate) is_held: bool,
 }
 
+/// Whose frames the rest of an earlier run are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The subtask that this job still has as a producer: its later frames follow.
+    Present,
+    /// A subtask of an earlier shape of the job: nothing follows.
+    Past,
+}
+
 impl InRing {
-    /// No cut needs the head to stand still any more: gives back what was taken meanwhile. Between
-    /// steps only.
+    /// No cut needs the head to stand still any more.
     pub(crate) fn let_go(&mut self) {
         self.is_held = false;
-        if let Some(ring) = &mut self.ring
-            && ring.is_unpublished()
-        {
-            ring.publish();
-        }
     }
 
     fn position(&self) -> InPosition {
@@ -221,6 +224,18 @@ impl Cx {
                     touched(input.peer);
                 }
                 input.committed = position;
+            }
+        }
+    }
+
+    /// Between steps: gives back what was taken while a cut needed the head to stand still.
+    pub(crate) fn publish_held(&mut self, mut touched: impl FnMut(usize)) {
+        for input in self.in_rings.iter_mut().filter(|input| !input.is_held) {
+            if let Some(ring) = &mut input.ring
+                && ring.is_unpublished()
+            {
+                ring.publish();
+                touched(input.peer);
             }
         }
     }

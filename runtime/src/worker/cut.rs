@@ -17,7 +17,7 @@
 //!
 //! Called by the step loop: `boundary` before anything is taken, `advance` after the publication.
 
-use super::context::{Cx, InRing};
+use super::context::{Cx, InRing, Origin};
 use super::save::{Saved, Saver};
 use crate::checkpoint::notes::{self, Flight, Notes, Part, Spilled};
 use crate::time::{now_ns, thread_ns};
@@ -67,6 +67,8 @@ pub(crate) struct CutPlan {
     pub(crate) job: u64,
     pub(crate) worker: usize,
     pub(crate) incarnation: u64,
+    pub(crate) shape: u64,
+    pub(crate) stages: Vec<usize>,
     pub(crate) folder: PathBuf,
     /// Copies of blocks at most, in blocks.
     pub(crate) copies_max: usize,
@@ -161,6 +163,12 @@ impl Ledger {
                 (self.files.len() - 1) as u32
             }
         }
+    }
+
+    /// A file that was there before this process: each has a number of its own.
+    pub(crate) fn add_first_file(&mut self, epoch: u64, file: FileRef) -> u32 {
+        self.files.push(LedgerFile { epoch, blocks: file.blocks(), file, live: 0 });
+        (self.files.len() - 1) as u32
     }
 
     /// The newest bytes of a page are in this file.
@@ -284,6 +292,8 @@ impl Cutter {
         let notes = Notes {
             version: notes::VERSION,
             worker: self.plan.worker,
+            shape: self.plan.shape,
+            stages: self.plan.stages.clone(),
             counters: counters.map(|(label, at)| (label.clone(), cx.txn.get(*at))).collect(),
             flights: Vec::new(),
             spills,
@@ -337,14 +347,13 @@ impl Cutter {
     fn hold_rings(&mut self, cx: &mut Cx) -> Vec<Copying> {
         let mut copying = Vec::new();
         for index in 0..cx.in_rings.len() {
-            let watermark = cx.in_rings[index].watermark.map_or(i64::MIN, |at| cx.txn.get(at));
-            let InRing { ring: Some(ring), edge, from, to, committed, is_held, .. } =
+            let InRing { ring: Some(ring), edge, from, to, committed, is_held, rest, .. } =
                 &mut cx.in_rings[index]
             else {
                 continue;
             };
             // A sender that takes no part in cuts has sent what is there.
-            let is_worker = self.plan.producers[index].is_some();
+            let is_worker = self.plan.producers.get(index).is_some_and(Option::is_some);
             let tail = (!is_worker).then(|| ring.seen());
             *is_held = true;
             copying.push(Copying {
@@ -358,7 +367,8 @@ impl Cutter {
                     from: *from,
                     to: *to,
                     inner: (committed[1], committed[2]),
-                    watermark,
+                    is_rest: rest.is_some(),
+                    is_past: *rest == Some(Origin::Past),
                 },
             });
         }
@@ -391,7 +401,8 @@ impl Cutter {
             }
         }
         if let Some(file) = self.ledger.wasteful() {
-            let place = |(segment, page)| self.plan.held[segment].at / BLOCK as u64 + page;
+            let place =
+                |(segment, page): (usize, u64)| self.plan.held[segment].at / BLOCK as u64 + page;
             also.extend(self.ledger.live(file).map(place));
         }
         (spills, pages, also)
@@ -428,7 +439,8 @@ impl Cutter {
             if copying.tail.is_none() {
                 copying.tail = ring.cut_tail(epoch);
                 let joined = |words: &&CutWords| words.joined.load(Ordering::Acquire) >= epoch;
-                is_orphaned |= producers[copying.ring].as_ref().is_some_and(joined);
+                is_orphaned |=
+                    producers.get(copying.ring).and_then(Option::as_ref).is_some_and(joined);
             }
             let Some(tail) = copying.tail else { return true };
             let bytes = ((tail - copying.at) as usize).min(budget);

@@ -17,12 +17,13 @@ use crate::error::Error;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use testudo_shm::consumer::{Consumer, Frame};
 use testudo_shm::frame::{self, Kind};
 use testudo_shm::hash::name_hash;
 use testudo_shm::record::{Batch, Item, Record};
 use testudo_shm::zerocopy::IntoBytes;
-use testudo_state::checkpoint::{Chain, FileRef, SegmentKey};
+use testudo_state::checkpoint::{Chain, FileRef, SegmentKey, checksum};
 use testudo_state::disk::{self, BLOCK, Disk, DiskKind, Pool};
 
 /// Staging memory for reading.
@@ -59,7 +60,7 @@ pub(crate) struct Checkpoints {
 /// A worker of the run that the checkpoint was taken of.
 pub(crate) struct OldWorker {
     pub(crate) worker: usize,
-    pub(crate) chain: Chain,
+    pub(crate) chain: Arc<Chain>,
     pub(crate) notes: Notes,
     pub(crate) cells: HashMap<u64, Vec<u8>>,
 }
@@ -80,7 +81,8 @@ pub(crate) struct Rest {
     pub(crate) from: usize,
     pub(crate) frames: Vec<u8>,
     pub(crate) inner: (u64, u64),
-    pub(crate) watermark: i64,
+    /// Its producer belongs to an earlier shape of the job.
+    pub(crate) is_past: bool,
 }
 
 /// Opens the disk that the settings ask for.
@@ -95,15 +97,11 @@ pub(crate) fn open_disk(choice: DiskChoice) -> Result<(Box<dyn Disk>, Option<Str
 
 impl Restored {
     /// Opens all files of the checkpoint.
-    pub(crate) fn open(
-        folder: &Path,
-        plan: &Restore,
-        choice: DiskChoice,
-    ) -> Result<Self, Error> {
+    pub(crate) fn open(folder: &Path, plan: &Restore, choice: DiskChoice) -> Result<Self, Error> {
         let (mut disk, _) = open_disk(choice)?;
         let pool = Pool::new(STAGING_BYTES);
         let old = plan.files.iter().map(|(worker, file)| {
-            let chain = Chain::open(&mut *disk, &pool, folder, file)?;
+            let chain = Arc::new(Chain::open(&mut *disk, &pool, folder, file)?);
             OldWorker::read(*worker, chain, &mut *disk, &pool, folder)
         });
         let old = old.collect::<Result<Vec<_>, _>>()?;
@@ -138,17 +136,19 @@ impl Restored {
             let spills: Vec<Spilled> = spills.cloned().collect();
             for flight in flights {
                 let frames = self.blob(old, &flight.blob)?;
-                let (from, watermark) = (flight.from, flight.watermark);
-                rests.push((0, Rest { from, frames, inner: flight.inner, watermark }));
+                let is_past = flight.is_past || !self.plan.same_shape;
+                let rest = Rest { from: flight.from, frames, inner: flight.inner, is_past };
+                rests.push((1 - usize::from(flight.is_rest), rest));
             }
             for spill in spills {
                 let frames = self.spill_frames::<T>(old, &spill)?;
-                let watermark = i64::MIN;
-                rests.push((1, Rest { from: spill.from, frames, inner: (0, 0), watermark }));
+                let is_past = !self.plan.same_shape;
+                rests.push((2, Rest { from: spill.from, frames, inner: (0, 0), is_past }));
             }
         }
-        // What spilled was emitted after what its producer had got into the ring.
-        rests.sort_by_key(|(order, rest)| (rest.from, *order));
+        // What spilled was emitted after what its producer had got into the ring, and that after
+        // what was in flight when the run before was stopped.
+        rests.sort_by_key(|(order, rest)| (*order, rest.from));
         let mut rests: Vec<Rest> = rests.into_iter().map(|(_, rest)| rest).collect();
         if !self.plan.same_shape
             && let Some(wanted) = &mut wanted
@@ -209,8 +209,15 @@ impl Restored {
             match place {
                 None => bytes.extend_from_slice(&[0; BLOCK]),
                 Some(place) => {
-                    let block = chain.read_page(&mut *self.disk, &self.pool, &self.folder, place);
-                    bytes.extend_from_slice(&block?);
+                    let file = &chain.file(place.file).map_or("", |file| &file.name);
+                    let path = self.folder.join(file);
+                    let found =
+                        disk::read_file(&mut *self.disk, &self.pool, &path, place.at, block, block);
+                    let found = found.map_err(|error| damaged(error.to_string()))?;
+                    if checksum(&found) != place.checksum {
+                        return Err(damaged(format!("{}, byte {}", path.display(), place.at)));
+                    }
+                    bytes.extend_from_slice(&found);
                 }
             }
         }
@@ -235,7 +242,7 @@ impl OldWorker {
     /// Reads notes and cells.
     pub(crate) fn read(
         worker: usize,
-        chain: Chain,
+        chain: Arc<Chain>,
         disk: &mut dyn Disk,
         pool: &Pool,
         folder: &Path,
@@ -253,8 +260,9 @@ impl OldWorker {
             )));
         }
         let cells = old.blob(notes::CELLS, disk, pool, folder)?;
-        let cells = notes::unpack_cells(&cells)
-            .ok_or_else(|| damaged(format!("the cells of worker {worker} do not fit themselves")))?;
+        let cells = notes::unpack_cells(&cells).ok_or_else(|| {
+            damaged(format!("the cells of worker {worker} do not fit themselves"))
+        })?;
         old.cells = cells.into_iter().collect();
         Ok(old)
     }

@@ -15,6 +15,7 @@
 
 use super::StageRef;
 use super::attach::Worker;
+use super::cut::Cutter;
 use super::entry::EXIT_FAILED;
 use super::idle::{Waiter, wake_sleepers};
 use crate::config::Idle;
@@ -42,9 +43,13 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error
     let mut touched = Vec::with_capacity(worker.peers.len());
     let mut steps = 0u64;
     loop {
-        let work = step(&mut worker, &stages, &mut touched);
+        let mut work = step(&mut worker, &stages, &mut touched);
         if let Some(error) = worker.cx.failure.take() {
             fail(&worker, &error);
+        }
+        if worker.cutter.as_ref().is_some_and(Cutter::is_open) {
+            go_on_cutting(&mut worker, &mut touched, work > 0);
+            work = work.max(1);
         }
         steps += 1;
         if steps == STEPS_BEFORE_PINNING {
@@ -82,7 +87,10 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
         groups.give_back(&cx.txn);
     }
     cx.look();
-    // R5: the control word after the tails; nothing is loaded again within the step.
+    // R5: epoch and control word after the tails; nothing is loaded again within the step.
+    if let Some(cutter) = &mut worker.cutter {
+        cutter.boundary(cx);
+    }
     let word = worker.control.control.load(Ordering::Acquire);
     cx.draining = word & control::DRAIN != 0;
     cx.now_ns = now_ns();
@@ -113,6 +121,24 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
     note_commit(worker, work);
     // What was committed without a record (a part of the windows that fire) goes on at once.
     work.max(1)
+}
+
+/// Goes on with the open cut. While there is nothing else to do, the processor is left to others.
+#[cold]
+fn go_on_cutting(worker: &mut Worker, touched: &mut Vec<usize>, is_busy: bool) {
+    let Some(cutter) = &mut worker.cutter else { return };
+    let is_over = cutter.advance(&mut worker.cx, now_ns());
+    touched.clear();
+    worker.cx.publish_held(|peer| touched.push(peer));
+    if is_over {
+        worker.notice();
+    } else if !is_busy && let Some(cutter) = &mut worker.cutter {
+        cutter.wait();
+    }
+    if !touched.is_empty() {
+        wait::publish_fence();
+        wake_sleepers(&worker.peers, touched, &worker.header.bell);
+    }
 }
 
 /// Publishes what the step moved and wakes who waits for it.

@@ -1,0 +1,341 @@
+//! Loading: the state of a checkpoint comes back into its segments, at once or when it is touched.
+//!
+//! *At once*: the data thread reads everything before the first step. *Lazily* (R16): processing
+//! begins at once; who touches a page that is not there waits for just that page, and a helper
+//! thread reads all others in the background, in the order in which they lie on the disk.
+//!
+//! Invariants:
+//! - a page is verified before it is put in place, and put in place whole; one that is there is
+//!   never overwritten, so a successor goes on where its predecessor died (what is there is right);
+//! - reads land in private memory (R4);
+//! - a damaged page ends the process with a word that makes the job go on from an older checkpoint.
+//!
+//! Called by `attach`.
+
+use super::restore::open_disk;
+use crate::config::DiskChoice;
+use crate::error::Error;
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use testudo_shm::arena::Arena;
+use testudo_shm::missing::Missing;
+use testudo_shm::primitive::{AtomicU64, Ordering};
+use testudo_state::checkpoint::{Chain, Place, checksum};
+use testudo_state::disk::run_now;
+use testudo_state::disk::{BLOCK, BUFFER_BYTES, Buffer, Disk, FileId, Op, Outcome, Pool, Ticket};
+
+/// Reads in flight.
+const READS: usize = 8;
+
+/// A segment to be loaded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target {
+    /// Which of the chains has it, and where in that.
+    pub(crate) chain: usize,
+    pub(crate) segment: usize,
+    /// Arena offset, and bytes that are state.
+    pub(crate) at: usize,
+    pub(crate) bytes: usize,
+}
+
+/// Everything to be loaded by one worker.
+#[derive(Debug)]
+pub(crate) struct Load {
+    pub(crate) folder: PathBuf,
+    pub(crate) disk: DiskChoice,
+    pub(crate) chains: Vec<Arc<Chain>>,
+    pub(crate) targets: Vec<Target>,
+    pub(crate) bytes_per_s: Option<u64>,
+}
+
+/// A page on its way: where it lies and where it goes.
+#[derive(Debug, Clone, Copy)]
+struct Page {
+    /// Chain and number of the file.
+    file: (usize, u32),
+    place: Place,
+    to: usize,
+}
+
+/// Where a page goes once it was read.
+type Put<'a> = dyn FnMut(usize, &[u8]) -> Result<(), Error> + 'a;
+
+impl Load {
+    /// Loads everything now, into memory that nobody uses yet.
+    pub(crate) fn at_once(&self, put: &mut Put<'_>) -> Result<(), Error> {
+        let (disk, _) = open_disk(self.disk)?;
+        let mut stream = Stream::new(self, disk);
+        while stream.advance(self, true, put)? {}
+        Ok(())
+    }
+
+    fn pages(&self) -> Vec<Page> {
+        let mut pages = Vec::new();
+        for target in &self.targets {
+            let found = self.chains[target.chain].pages(target.segment);
+            pages.extend(found.map(|(page, place)| Page {
+                file: (target.chain, place.file),
+                place,
+                to: target.at + page as usize * BLOCK,
+            }));
+        }
+        pages.sort_unstable_by_key(|page| (page.file, page.place.at));
+        pages
+    }
+
+    fn path(&self, (chain, file): (usize, u32)) -> PathBuf {
+        self.folder.join(self.chains[chain].file(file).map_or("", |file| &file.name))
+    }
+
+    /// The page at an arena offset: `None` where the checkpoint has zeros.
+    fn find(&self, at: usize) -> Option<Page> {
+        let after = self.targets.partition_point(|target| target.at <= at);
+        let target = self.targets.get(after.checked_sub(1)?)?;
+        let page = (at - target.at) / BLOCK;
+        let place = self.chains[target.chain].find(target.segment, page as u32)?;
+        Some(Page { file: (target.chain, place.file), place, to: at })
+    }
+}
+
+/// Reads pages in the order of the disk, several at a time.
+struct Stream {
+    disk: Box<dyn Disk>,
+    pool: Pool,
+    pages: Vec<Page>,
+    /// Pages before this one were asked for.
+    next: usize,
+    open: Option<((usize, u32), FileId)>,
+    reading: Vec<(Ticket, usize, usize)>,
+    done: Vec<testudo_state::disk::Done>,
+    begun: Instant,
+    bytes: u64,
+}
+
+impl Stream {
+    fn new(load: &Load, disk: Box<dyn Disk>) -> Self {
+        Self {
+            disk,
+            pool: Pool::new(READS * BUFFER_BYTES),
+            pages: load.pages(),
+            next: 0,
+            open: None,
+            reading: Vec::new(),
+            done: Vec::new(),
+            begun: Instant::now(),
+            bytes: 0,
+        }
+    }
+
+    /// Goes on: false when everything is in place.
+    fn advance(&mut self, load: &Load, wait: bool, put: &mut Put<'_>) -> Result<bool, Error> {
+        while self.next < self.pages.len() && !self.is_too_fast(load) {
+            let file = self.pages[self.next].file;
+            if self.open.is_none_or(|(open, _)| open != file) {
+                if !self.reading.is_empty() {
+                    break;
+                }
+                self.open_file(load, file)?;
+            }
+            let Some(buffer) = self.pool.take() else { break };
+            if !self.read(buffer)? {
+                break;
+            }
+        }
+        if self.reading.is_empty() && self.next == self.pages.len() {
+            return Ok(false);
+        }
+        self.disk.poll(&mut self.done);
+        if self.done.is_empty() && wait {
+            self.disk.wait(Duration::from_millis(10));
+            self.disk.poll(&mut self.done);
+        }
+        for done in std::mem::take(&mut self.done) {
+            let Some(at) = self.reading.iter().position(|(ticket, ..)| *ticket == done.ticket)
+            else {
+                continue;
+            };
+            let (_, from, to) = self.reading.swap_remove(at);
+            let pages = &self.pages[from..to];
+            let path = load.path(pages[0].file);
+            let wanted = (to - from) * BLOCK;
+            match (done.result, done.buffer) {
+                (Ok(Outcome::Read(bytes)), Some(buffer)) if bytes >= wanted => {
+                    verify(&path, pages, &buffer[..wanted])?;
+                    place_runs(pages, &buffer[..wanted], put)?;
+                    self.bytes += wanted as u64;
+                }
+                (Err(error), _) => {
+                    return Err(damaged(&path, pages[0].place.at, &error.to_string()));
+                }
+                _ => return Err(damaged(&path, pages[0].place.at, "it ends before this page")),
+            }
+        }
+        Ok(true)
+    }
+
+    fn is_too_fast(&self, load: &Load) -> bool {
+        load.bytes_per_s.is_some_and(|limit| {
+            self.bytes as f64 > self.begun.elapsed().as_secs_f64() * limit as f64
+        })
+    }
+
+    fn open_file(&mut self, load: &Load, file: (usize, u32)) -> Result<(), Error> {
+        let failed = |path: &Path, error: std::io::Error| damaged(path, 0, &error.to_string());
+        if let Some((of, id)) = self.open.take() {
+            run_now(&mut *self.disk, Op::Close { file: id })
+                .map_err(|error| failed(&load.path(of), error))?;
+        }
+        let path = load.path(file);
+        match run_now(&mut *self.disk, Op::Open { path: path.clone() }) {
+            Ok((Outcome::File(id), _)) => self.open = Some((file, id)),
+            Ok(_) => return Err(damaged(&path, 0, "it cannot be opened")),
+            Err(error) => return Err(failed(&path, error)),
+        }
+        Ok(())
+    }
+
+    /// Asks for the next run of pages that lie behind each other in the open file.
+    fn read(&mut self, buffer: Buffer) -> Result<bool, Error> {
+        let Some((file, id)) = self.open else { return Ok(false) };
+        let first = self.pages[self.next];
+        let rest = self.pages[self.next..].iter().zip(0u64..);
+        let run = rest.take_while(|(page, number)| {
+            let at = first.place.at + number * BLOCK as u64;
+            page.file == file && page.place.at == at && *number < (BUFFER_BYTES / BLOCK) as u64
+        });
+        let count = run.count();
+        let op = Op::Read { file: id, at: first.place.at, buffer, bytes: count * BLOCK };
+        let Ok(ticket) = self.disk.submit(op) else { return Ok(false) };
+        self.reading.push((ticket, self.next, self.next + count));
+        self.next += count;
+        Ok(true)
+    }
+}
+
+fn verify(path: &Path, pages: &[Page], bytes: &[u8]) -> Result<(), Error> {
+    for (page, bytes) in pages.iter().zip(bytes.chunks_exact(BLOCK)) {
+        if checksum(bytes) != page.place.checksum {
+            return Err(damaged(path, page.place.at, "a block does not have its checksum"));
+        }
+    }
+    Ok(())
+}
+
+/// Puts pages that also lie behind each other in memory in place together.
+fn place_runs(pages: &[Page], bytes: &[u8], put: &mut Put<'_>) -> Result<(), Error> {
+    let mut from = 0;
+    while from < pages.len() {
+        let run = pages[from..].iter().zip(0..);
+        let count = run.take_while(|(page, n)| page.to == pages[from].to + n * BLOCK).count();
+        put(pages[from].to, &bytes[from * BLOCK..(from + count) * BLOCK])?;
+        from += count;
+    }
+    Ok(())
+}
+
+fn damaged(path: &Path, at: u64, what: &str) -> Error {
+    Error::Damaged(format!(
+        "{} is damaged at byte {at}: {what}; the checkpoint before it is used if there is one",
+        path.display()
+    ))
+}
+
+/// Brings missing pages, in a thread of its own.
+pub(crate) struct Loader {
+    load: Load,
+    missing: Missing,
+    /// Bytes that are still to come, for the data thread to see.
+    left: Arc<AtomicU64>,
+    /// For single pages: opened when first needed.
+    files: HashMap<(usize, u32), File>,
+}
+
+impl Loader {
+    /// Watches all targets. From here on touching them waits for [`Loader::run`].
+    pub(crate) fn new(load: Load, arena: &'static Arena) -> Result<Self, Error> {
+        let missing = Missing::new(arena)?;
+        for target in load.targets.iter().filter(|target| target.bytes > 0) {
+            missing.register(target.at, target.bytes)?;
+        }
+        let bytes = load.targets.iter().map(|target| target.bytes as u64).sum::<u64>().max(1);
+        let left = Arc::new(AtomicU64::new(bytes));
+        Ok(Self { load, missing, left, files: HashMap::new() })
+    }
+
+    /// What the data thread looks at: bytes that are still to come, 0 at the end.
+    pub(crate) fn left(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.left)
+    }
+
+    /// Brings everything. Returns when all is there.
+    pub(crate) fn run(mut self) -> Result<(), Error> {
+        let (disk, _) = open_disk(self.load.disk)?;
+        // Who already waits need not wait for the list of all pages.
+        self.answer(Duration::ZERO)?;
+        let mut stream = Stream::new(&self.load, disk);
+        loop {
+            self.answer(Duration::ZERO)?;
+            let missing = &self.missing;
+            let mut put = |at: usize, bytes: &[u8]| bring(missing, at, bytes);
+            if !stream.advance(&self.load, false, &mut put)? {
+                break;
+            }
+            if stream.done.is_empty() {
+                self.answer(Duration::from_millis(1))?;
+            }
+        }
+        for target in &self.load.targets {
+            self.missing.unregister(target.at, target.bytes);
+        }
+        self.left.store(0, Ordering::Release);
+        Ok(())
+    }
+
+    /// Brings the pages that someone waits for.
+    fn answer(&mut self, patience: Duration) -> Result<(), Error> {
+        let mut patience = patience;
+        while let Some(at) = self.missing.next(patience) {
+            patience = Duration::ZERO;
+            let failed = |error: std::io::Error| Error::Machine(format!("loading state: {error}"));
+            let Some(page) = self.load.find(at) else {
+                self.missing.bring_zeros(at, BLOCK).map_err(failed)?;
+                continue;
+            };
+            let path = self.load.path(page.file);
+            let mut bytes = [0; BLOCK];
+            let unreadable =
+                |error: std::io::Error| damaged(&path, page.place.at, &error.to_string());
+            let file = match self.files.entry(page.file) {
+                std::collections::hash_map::Entry::Occupied(file) => file.into_mut(),
+                std::collections::hash_map::Entry::Vacant(place) => {
+                    place.insert(File::open(&path).map_err(unreadable)?)
+                }
+            };
+            file.read_exact_at(&mut bytes, page.place.at).map_err(unreadable)?;
+            verify(&path, &[page], &bytes)?;
+            bring(&self.missing, at, &bytes)?;
+        }
+        Ok(())
+    }
+}
+
+/// Puts pages in place, but for those that are there.
+fn bring(missing: &Missing, at: usize, bytes: &[u8]) -> Result<(), Error> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let put = missing.bring(at + done, &bytes[done..]).map_err(|error| {
+            Error::Machine(format!("no memory for state that is being loaded: {error}"))
+        })?;
+        if put == 0 {
+            missing.wake(at + done, BLOCK);
+            done += BLOCK;
+        } else {
+            done += put;
+        }
+    }
+    Ok(())
+}
