@@ -19,6 +19,10 @@ pub(crate) mod watch;
 
 pub(crate) mod recover;
 
+pub(crate) mod checkpoint;
+
+pub(crate) mod resume;
+
 pub(crate) mod console;
 
 pub(crate) mod progress;

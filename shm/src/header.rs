@@ -103,6 +103,9 @@ pub struct WorkerHeader {
     pub gaps: [Gap; GAPS],
     /// What this worker says about its part of the latest cut.
     pub cut: CutWords,
+    /// Not zero while something of the checkpoint that the job went on from is still to be read.
+    pub restoring: AtomicU64,
+    restoring_line: [u64; 7],
 }
 
 /// A worker's word on a cut. All fields are stored before `epoch`.

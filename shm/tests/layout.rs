@@ -44,7 +44,7 @@ fn compiled() -> BTreeMap<String, Layout> {
         WorkerHeader {
             magic, version, worker, plan, incarnation, pid, state, bell, sleeping, commits,
             commit_ns, first_commit_ns, attached_ns, rolled_back, watermark, death, claim,
-            gap_count, gaps, cut
+            gap_count, gaps, cut, restoring
         }
         ControlHeader {
             magic, version, description_bytes, plan, supervisor, control, bell, sleeping, regions

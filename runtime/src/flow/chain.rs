@@ -94,6 +94,7 @@ impl<S: Source> Chain for SourceChain<S> {
         let subtask = attach.subtask(self.stage);
         let name = attach.operator_name(self.operator);
         let start = self.source.start(subtask);
+        attach.note_part(self.operator, subtask);
         let position = attach.cell(self.operator, "position", start)?;
         let phase = attach.cell(self.operator, "phase", 0u64)?;
         let from = attach.cx.txn.get(position);

@@ -5,12 +5,14 @@
 
 #![expect(unsafe_code, reason = "maps the segments that it created; raises the descriptor limit")]
 
+use super::checkpoint::{Checkpointer, StoreThread};
 use super::console::Console;
 use super::description::{Description, SegmentFds};
 use super::outputs::Outputs;
 use super::progress::Progress;
 use super::recover::Crew;
 use super::report::Report;
+use super::resume::{self, Chosen};
 use super::spawn::Spawner;
 use super::watch::{Events, Watch, event_fd};
 use crate::config::Settings;
@@ -19,14 +21,16 @@ use crate::flow::Flow;
 use crate::plan::Plan;
 use crate::worker::attach::ring_parts;
 use crate::worker::entry::{JobFn, entry_offset};
+use crate::worker::restore::Checkpoints;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use testudo_shm::arena::{Access, Arena};
 use testudo_shm::header::{self, ControlHeader, WorkerHeader, control};
 use testudo_shm::primitive::Ordering;
-use testudo_shm::segment::Segment;
+use testudo_shm::segment::{PAGE, Segment};
 use testudo_shm::wait::{self, WaitWord};
 
 /// A job inside another program: the program's main begins with [`init`](crate::init), and the
@@ -174,17 +178,91 @@ impl Launch {
         events: Arc<Events>,
         started: impl FnOnce(View),
     ) -> Result<Report, Error> {
-        let (flow, plan) = self.plan(&build)?;
-        let outputs = Outputs::claim(&plan)?;
-        let watch = Watch::start(Arc::clone(&events), self.signals.take())?;
-        let stage = Scene::build(&plan, &self, flow.draft.borrow().surveys.clone(), &watch)?;
+        let mut unusable = Vec::new();
+        let mut started = Some(started);
+        loop {
+            let mut resumed = None;
+            let started = |view: View| {
+                if let Some(started) = started.take() {
+                    started(view);
+                }
+            };
+            match self.run_once(&build, &events, started, &unusable, &mut resumed) {
+                // A block that a worker could not read: what it stands for is older now.
+                Err(Error::Damaged(damage)) if resumed.is_some() && self.settings.resume => {
+                    eprintln!("testudo: {damage}");
+                    unusable.extend(resumed);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// As `run`, from the newest checkpoint that is not among the unusable ones; which one it was
+    /// goes to `resumed`.
+    fn run_once(
+        &mut self,
+        build: &impl Fn(&Flow),
+        events: &Arc<Events>,
+        started: impl FnOnce(View),
+        unusable: &[u64],
+        resumed: &mut Option<u64>,
+    ) -> Result<Report, Error> {
+        let store = match &self.settings.checkpoint_dir {
+            Some(folder) => Some(StoreThread::open(folder, self.settings.disk)?),
+            None => None,
+        };
+        let chosen = self.choose(store.as_ref(), unusable)?;
+        if let Some(chosen) = &chosen {
+            *resumed = Some(chosen.manifest.id);
+            // State by key group goes on in as many groups as there were.
+            self.settings.key_groups = chosen.manifest.groups as usize;
+        }
+        let (flow, plan) = self.plan(build)?;
+        if chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished) {
+            eprintln!("testudo: the job had come to its end; there is nothing to go on with");
+            return Ok(Report::nothing(&plan, &self.settings));
+        }
+        let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
+        let is_lazy = chosen.is_some() && can_load_lazily();
+        let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
+        let outputs = Outputs::claim(&plan, chosen.is_some())?;
+        if let (Some(store), None) = (&store, &chosen) {
+            let reset = store.ask(move |store| store.reset(job_id))?;
+            reset.map_err(|error| Error::Checkpoint(error.to_string()))?;
+        }
+        let watch = Watch::start(Arc::clone(events), self.take_signals()?)?;
+        let checkpoints = self.settings.checkpoint_dir.as_ref().map(|folder| Checkpoints {
+            folder: std::path::absolute(folder).unwrap_or_else(|_| folder.clone()),
+            job: job_id,
+            restore: chosen.as_ref().map(|chosen| chosen.restore.clone()),
+        });
+        let surveys = flow.draft.borrow().surveys.clone();
+        let stage = Scene::build(&plan, self, surveys, checkpoints, &watch)?;
+        let checkpointer = match store {
+            None => None,
+            Some(store) => Some(Checkpointer::new(
+                &plan,
+                &self.settings,
+                store,
+                chosen.as_ref(),
+                job_id,
+                events,
+            )?),
+        };
         let begun = std::time::Instant::now();
         let crew = Crew::start(&plan, &self.settings, &stage, &watch, Spawner::new(), self.entry)?;
         started(View { workers: stage.workers.clone() });
-        let mut running =
-            Play { plan: &plan, settings: &self.settings, scene: &stage, watch, crew };
-        let console = Console::start(&plan, &self.settings, &stage, &events)?;
-        let result = running.wait(&events, &console);
+        let mut running = Play {
+            plan: &plan,
+            settings: &self.settings,
+            scene: &stage,
+            watch,
+            crew,
+            checkpointer,
+        };
+        let console = Console::start(&plan, &self.settings, &stage, events)?;
+        let result = running.wait(events, &console);
         running.crew.end(result.is_err());
         let console_failed = console.has_failed();
         let console = console.join(result.is_err());
@@ -203,7 +281,35 @@ impl Launch {
             &stage,
             std::mem::take(&mut running.crew.restarts),
             begun.elapsed(),
-        ))
+        )
+        .with_checkpoints(running.checkpointer.as_ref().map(Checkpointer::history)))
+    }
+
+    /// The checkpoint to go on from, if the settings ask for one and there is one.
+    fn choose(
+        &self,
+        store: Option<&StoreThread>,
+        unusable: &[u64],
+    ) -> Result<Option<Chosen>, Error> {
+        let Some(store) = store else { return Ok(None) };
+        if !self.settings.resume && self.settings.resume_from.is_none() {
+            return Ok(None);
+        }
+        let chosen = resume::choose(store, &self.settings, unusable)?;
+        if chosen.is_none() {
+            let folder = self.settings.checkpoint_dir.as_deref().unwrap_or(Path::new(""));
+            eprintln!(
+                "testudo: no checkpoint in {} yet: the job begins afresh, its outputs are emptied",
+                folder.display()
+            );
+        }
+        Ok(chosen)
+    }
+
+    /// The descriptor of signals, again for each run.
+    fn take_signals(&self) -> Result<Option<OwnedFd>, Error> {
+        let again = self.signals.as_ref().map(OwnedFd::try_clone).transpose();
+        again.map_err(|error| Error::Machine(format!("signals: {error}")))
     }
 
     /// Draws and plans, with fewer key groups where the descriptor limit asks for it.
@@ -243,6 +349,24 @@ impl Launch {
     }
 }
 
+/// A number that no other job has.
+fn job_id() -> u64 {
+    let now = crate::time::now_ns() ^ (crate::time::unix_ms() as u64) << 20;
+    testudo_shm::hash::name_hash(&format!("{now}-{}", std::process::id()))
+}
+
+/// Whether missing pages may be brought when they are touched; says so once where they may not.
+fn can_load_lazily() -> bool {
+    let probe: Result<(), testudo_shm::fault::SetupError> = (|| {
+        let arena: &'static Arena = Box::leak(Box::new(Arena::reserve(PAGE)?));
+        testudo_shm::missing::Missing::new(arena).map(|_| ())
+    })();
+    if let Err(error) = &probe {
+        eprintln!("testudo: {error}; the state is loaded before the job goes on");
+    }
+    probe.is_ok()
+}
+
 /// Raises the soft limit on descriptors to the hard one and returns it.
 fn raise_descriptor_limit() -> usize {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
@@ -275,6 +399,7 @@ impl Scene {
         plan: &Plan,
         launch: &Launch,
         surveys: Vec<String>,
+        checkpoints: Option<Checkpoints>,
         watch: &Watch,
     ) -> Result<Self, Error> {
         let layout = &plan.layout;
@@ -315,7 +440,7 @@ impl Scene {
             parameters: launch.parameters.clone(),
             surveys,
             plan: plan.hash,
-            checkpoints: None,
+            checkpoints,
             supervisor: std::process::id(),
             segments: segments
                 .iter()
@@ -413,6 +538,7 @@ struct Play<'a> {
     scene: &'a Scene,
     watch: Watch,
     crew: Crew<'a>,
+    checkpointer: Option<Checkpointer>,
 }
 
 /// Longest sleep of the supervisor's loop.
@@ -434,7 +560,10 @@ impl Play<'_> {
             }
             console.check()?;
             let values = self.crew.look(&self.watch)?;
-            if self.crew.all_finished() && console.is_drained() {
+            if let Some(checkpointer) = &mut self.checkpointer {
+                checkpointer.look(self.plan, self.scene, &mut self.crew);
+            }
+            if self.crew.all_finished() && console.is_drained() && self.has_said_so(events) {
                 self.scene.set_control(control::LEAVE);
                 return Ok(());
             }
@@ -445,7 +574,19 @@ impl Play<'_> {
                 let word = &self.scene.workers[worker].death[0].word;
                 words.push(WaitWord { word, value });
             }
-            wait::wait_any(&words, Some(self.crew.patience().unwrap_or(TICK).min(TICK)));
+            let checkpoints = self.checkpointer.as_ref().and_then(Checkpointer::patience);
+            let patience = self.crew.patience().into_iter().chain(checkpoints).min();
+            wait::wait_any(&words, Some(patience.unwrap_or(TICK).min(TICK)));
+        }
+    }
+
+    /// All input is processed: the last checkpoint says so, unless the job was drained before the
+    /// end of its input.
+    fn has_said_so(&mut self, events: &Events) -> bool {
+        let is_drained = events.signals.load(Ordering::Acquire) > 0;
+        match &mut self.checkpointer {
+            Some(checkpointer) if !is_drained => checkpointer.finish(self.plan, self.scene),
+            _ => true,
         }
     }
 }

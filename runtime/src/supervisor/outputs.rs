@@ -24,8 +24,8 @@ pub(crate) struct Outputs {
 }
 
 impl Outputs {
-    /// Claims and empties all outputs of a plan.
-    pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
+    /// Claims all outputs of a plan, and empties them unless the job goes on where it stopped.
+    pub(crate) fn claim(plan: &Plan, goes_on: bool) -> Result<Self, Error> {
         let (mut locks, mut claimed) = (Vec::new(), Vec::new());
         for (output, stage) in &plan.outputs {
             let lock_path = match &output.parts {
@@ -53,7 +53,7 @@ impl Outputs {
             claimed.push((output, plan.stages[*stage].workers.len(), meta.is_file()));
         }
         // Only once all are ours: a job that is refused has touched nothing.
-        for (output, parts, is_regular) in claimed {
+        for (output, parts, is_regular) in claimed.into_iter().filter(|_| !goes_on) {
             empty(output, parts, is_regular)?;
         }
         Ok(Self { _locks: locks })

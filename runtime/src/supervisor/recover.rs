@@ -46,8 +46,14 @@ struct Member {
     recovering: Option<usize>,
 }
 
+/// Last words of a worker that found a checkpoint damaged begin with this.
+pub(crate) const DAMAGED: &str = "damaged: ";
+
 /// What a worker gave up with, as an error of the operator that it names.
 fn failure(worker: usize, words: &str) -> Error {
+    if let Some(damage) = words.strip_prefix(DAMAGED) {
+        return Error::Damaged(damage.into());
+    }
     match words.strip_prefix("operator ").and_then(|words| words.split_once(": ")) {
         Some((name, message)) => Error::job(&format!("{name} (worker {worker})"), message),
         None => Error::job(&format!("(worker {worker})"), words),
@@ -71,6 +77,8 @@ pub(crate) struct Crew<'a> {
     /// Dead processes whose end the kernel has not finished yet, with the restart that they caused.
     dying: Vec<(Child, usize)>,
     pub(crate) restarts: Vec<Restart>,
+    /// Workers that died since this was last asked for.
+    deaths: Vec<usize>,
 }
 
 impl<'a> Crew<'a> {
@@ -94,7 +102,9 @@ impl<'a> Crew<'a> {
             })
             .collect();
         let (dying, restarts) = (Vec::new(), Vec::new());
-        let mut crew = Self { plan, settings, scene, spawner, entry, members, dying, restarts };
+        let deaths = Vec::new();
+        let mut crew =
+            Self { plan, settings, scene, spawner, entry, members, dying, restarts, deaths };
         for worker in 0..plan.workers {
             if let Err(error) = crew.spawn(watch, worker) {
                 crew.end(true);
@@ -176,6 +186,7 @@ impl<'a> Crew<'a> {
         if exit.is_none() {
             kill(child.pid);
         }
+        self.deaths.push(worker);
         let failed = header.state.load(Ordering::Acquire) == WorkerState::Failed as u32
             && header.pid.load(Ordering::Relaxed) == child.pid as u32;
         if failed || exit == Some(Exit::Code(EXIT_FAILED)) {
@@ -231,6 +242,17 @@ impl<'a> Crew<'a> {
             format!("{}; its last words: {}", restart.cause, restart.last_words)
         };
         Error::Budget { worker, deaths, cause }
+    }
+
+    /// Workers that died since the last call, in the order in which it was seen.
+    pub(crate) fn take_deaths(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.deaths)
+    }
+
+    /// Whether the words in a worker's header are those of a process that is not known to be dead.
+    pub(crate) fn is_alive(&self, worker: usize) -> bool {
+        let child = self.members[worker].child.as_ref().map(|child| child.pid as u32);
+        child == Some(self.scene.workers[worker].pid.load(Ordering::Acquire))
     }
 
     fn last_words(&self, worker: usize) -> String {

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "reads counters in mapped pages")]
 
 use super::launch::Scene;
+use crate::checkpoint::history::{History, Record};
 use crate::config::{ReportForm, Settings};
 use crate::plan::layout::COUNTERS_AT;
 use crate::plan::{CounterKind, Plan};
@@ -58,9 +59,51 @@ pub struct Report {
     pub counters: BTreeMap<String, u64>,
     /// Workers that died.
     pub restarts: Vec<Restart>,
+    /// Checkpoints of this run; `None` where none are taken.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoints: Option<Checkpoints>,
+}
+
+/// How a job's checkpoints went.
+#[derive(Debug, Clone, Serialize)]
+pub struct Checkpoints {
+    /// How many were completed.
+    pub completed: u64,
+    /// How many failed.
+    pub failed: u64,
+    /// The latest of them.
+    pub latest: Vec<Record>,
 }
 
 impl Report {
+    /// The report of a job that had nothing to do.
+    pub(crate) fn nothing(plan: &Plan, settings: &Settings) -> Self {
+        Self {
+            name: settings.name.clone(),
+            workers: plan.workers,
+            records_in: 0,
+            records_out: 0,
+            late: 0,
+            rejected: 0,
+            dropped: 0,
+            elapsed_s: 0.0,
+            rate_per_s: 0.0,
+            counters: plan.user_counters.iter().map(|name| (name.clone(), 0)).collect(),
+            restarts: Vec::new(),
+            checkpoints: None,
+        }
+    }
+
+    /// Adds how the checkpoints went.
+    pub(crate) fn with_checkpoints(mut self, history: Option<&History>) -> Self {
+        self.checkpoints = history.map(|history| Checkpoints {
+            completed: history.completed(),
+            failed: history.failed(),
+            latest: history.records().cloned().collect(),
+        });
+        self
+    }
+
     pub(crate) fn new(
         plan: &Plan,
         settings: &Settings,
@@ -87,6 +130,7 @@ impl Report {
                 .map(|(i, name)| (name.clone(), sum_at(plan, scene, first + i)))
                 .collect(),
             restarts,
+            checkpoints: None,
         }
     }
 
@@ -111,6 +155,10 @@ impl Report {
         );
         for (name, value) in &self.counters {
             let _ = writeln!(text, "  {name}: {value}");
+        }
+        if let Some(checkpoints) = &self.checkpoints {
+            let Checkpoints { completed, failed, .. } = checkpoints;
+            let _ = writeln!(text, "  checkpoints: {completed} completed, {failed} failed");
         }
         for restart in self.restarts.iter().take(20) {
             let took = restart

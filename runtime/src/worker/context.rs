@@ -228,6 +228,12 @@ impl Cx {
         }
     }
 
+    /// Whether all that was in flight when the job was stopped is taken.
+    pub(crate) fn rests_are_taken(&self) -> bool {
+        let mut rests = self.in_rings.iter().filter(|input| input.rest.is_some());
+        rests.all(|input| input.ring.as_ref().is_some_and(|ring| ring.backlog() == 0))
+    }
+
     /// Between steps: gives back what was taken while a cut needed the head to stand still.
     pub(crate) fn publish_held(&mut self, mut touched: impl FnMut(usize)) {
         for input in self.in_rings.iter_mut().filter(|input| !input.is_held) {

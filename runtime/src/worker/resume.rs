@@ -17,7 +17,7 @@ use super::cut::{CutPlan, Cutter, Extent, Held, Ledger};
 use super::load::{Load, Loader, Target};
 use super::restore::{Checkpoints, Restored, open_disk};
 use super::save::Saver;
-use crate::checkpoint::notes;
+use crate::checkpoint::notes::{self, Part};
 use crate::error::Error;
 use crate::exchange::inlet::{Channel, Rest};
 use crate::exchange::route::owner_of;
@@ -42,14 +42,16 @@ use testudo_state::group::USED_AT;
 pub(crate) struct Resuming {
     /// Bytes that a helper thread still loads.
     pub(crate) loading: Option<Arc<AtomicU64>>,
-    /// The cell that says that all is loaded.
+    /// The cell that is to say that all is loaded.
     pub(crate) loaded: Option<Place<u64>>,
+    /// Something of the checkpoint is still to be read or taken.
+    pub(crate) is_under_way: bool,
 }
 
 impl Attach {
     /// Brings back what the checkpoint has for this worker, as far as that is not done.
     pub(crate) fn resume(&mut self, description: &Description) -> Result<Resuming, Error> {
-        let mut resuming = Resuming { loading: None, loaded: None };
+        let mut resuming = Resuming { loading: None, loaded: None, is_under_way: false };
         let Some(Checkpoints { folder, restore: Some(restore), .. }) = &description.checkpoints
         else {
             return Ok(resuming);
@@ -68,7 +70,7 @@ impl Attach {
         if !is_loaded {
             let load = self.plan_load(&restored, description);
             resuming.loaded = Some(loaded);
-            if restore.is_lazy {
+            if restore.is_lazy && !load.targets.is_empty() {
                 resuming.loading = Some(self.load_lazily(load)?);
             } else {
                 let arena = self.arena;
@@ -79,6 +81,8 @@ impl Attach {
                 self.cx.txn.set(loaded, 1);
             }
         }
+        resuming.is_under_way = true;
+        self.pages().0.restoring.store(1, Ordering::Release);
         self.is_first = !is_begun;
         self.restored = Some(restored);
         Ok(resuming)
@@ -263,6 +267,12 @@ impl Attach {
     pub(crate) fn rested_cell(&mut self, stage: usize) -> Result<Place<u64>, Error> {
         let restore = self.restored.as_ref().map_or(0, |restored| restored.plan.id);
         self.named_cell(&rested_name(stage, restore), 0u64)
+    }
+
+    /// Notes which part of a source this worker reads.
+    pub(crate) fn note_part(&mut self, operator: usize, subtask: Subtask) {
+        let operator = self.plan.operators[operator].uid().to_owned();
+        self.parts.push(Part { operator, index: subtask.index, count: subtask.count });
     }
 
     /// Sets up this worker's cuts, where the job takes checkpoints.

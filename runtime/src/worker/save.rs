@@ -168,11 +168,11 @@ impl Saver {
         if file.failed.is_some() {
             file.drop_rest();
         }
-        while let (Some(id), Some((at, buffer, bytes))) = (file.id, file.ready.pop_front()) {
+        while let Some(id) = file.id {
             if self.next_ns > now_ns as f64 {
-                file.ready.push_front((at, buffer, bytes));
                 break;
             }
+            let Some((at, buffer, bytes)) = file.ready.pop_front() else { break };
             match self.disk.submit(Op::Write { file: id, at, buffer, bytes }) {
                 Ok(_) => {
                     let takes = bytes as f64 * self.nanos_per_byte;

@@ -21,6 +21,7 @@ use super::idle::{Waiter, wake_sleepers};
 use crate::config::Idle;
 use crate::error::Error;
 use crate::metrics;
+use crate::supervisor::recover::DAMAGED;
 use crate::testing::{Point, point};
 use crate::time::now_ns;
 use testudo_shm::death;
@@ -46,6 +47,9 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error
         let mut work = step(&mut worker, &stages, &mut touched);
         if let Some(error) = worker.cx.failure.take() {
             fail(&worker, &error);
+        }
+        if worker.resuming.is_under_way {
+            note_resumed(&mut worker);
         }
         if worker.cutter.as_ref().is_some_and(Cutter::is_open) {
             go_on_cutting(&mut worker, &mut touched, work > 0);
@@ -123,6 +127,22 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
     work.max(1)
 }
 
+/// Says so once all of the checkpoint has been loaded and what was in flight is taken: nobody needs
+/// its files any more.
+#[cold]
+fn note_resumed(worker: &mut Worker) {
+    let (resuming, cx) = (&mut worker.resuming, &mut worker.cx);
+    let is_loaded = resuming.loading.as_ref().is_none_or(|left| left.load(Ordering::Acquire) == 0);
+    if is_loaded && let Some(loaded) = resuming.loaded.take() {
+        // A part of the next step's transaction.
+        cx.txn.set(loaded, 1);
+    }
+    if is_loaded && cx.rests_are_taken() {
+        resuming.is_under_way = false;
+        worker.header.restoring.store(0, Ordering::Release);
+    }
+}
+
 /// Goes on with the open cut. While there is nothing else to do, the processor is left to others.
 #[cold]
 fn go_on_cutting(worker: &mut Worker, touched: &mut Vec<usize>, is_busy: bool) {
@@ -188,7 +208,8 @@ fn fail(worker: &Worker, error: &Error) -> ! {
 
 /// As [`fail`], also while attaching.
 pub(crate) fn give_up(header: &WorkerHeader, last_words: &LastWords, error: &Error) -> ! {
-    last_words.write(&error.to_string());
+    let damaged = matches!(error, Error::Damaged(_)).then_some(DAMAGED).unwrap_or_default();
+    last_words.write(&format!("{damaged}{error}"));
     header.state.store(WorkerState::Failed as u32, Ordering::Release);
     std::process::exit(EXIT_FAILED)
 }

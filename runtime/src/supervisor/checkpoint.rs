@@ -1,0 +1,486 @@
+//! Checkpoints, the supervisor's part: carries out what the coordinator says, with the regions'
+//! words in the control segment on one side and the folder's store on the other.
+//!
+//! The store lives in a thread of its own, since a disk may take its time and deaths must not wait
+//! for it.
+//!
+//! Invariants: a worker's word on a cut is read after its epoch (R23: all fields are stored before
+//! it), and believed only from the incarnation that runs; `good` is stored before the next epoch,
+//! so workers know what became of their last cut when they begin the next.
+//!
+//! Called by `launch`'s loop at each turn.
+
+use super::launch::Scene;
+use super::recover::Crew;
+use super::resume::Resumed;
+use super::watch::Events;
+use crate::checkpoint::Now;
+use crate::checkpoint::coordinator::{Action, Coordinator, Limits, Part, Start};
+use crate::checkpoint::history::{History, Kind, Measure};
+use crate::checkpoint::schedule::{Schedule, Timer};
+use crate::config::{DiskChoice, Settings};
+use crate::error::Error;
+use crate::plan::{Grouping, Plan};
+use crate::time::{now_ns, unix_ms};
+use crate::worker::restore::open_disk;
+use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use testudo_shm::header::{CutFailure, WorkerState};
+use testudo_shm::primitive::Ordering;
+use testudo_state::checkpoint::manifest::MANIFEST_VERSION;
+use testudo_state::checkpoint::{
+    self, FileRef, Keep, Manifest, Operator, Outcome, RegionName, Store, StoreError, WorkerFile,
+};
+
+/// Pause between the end of a checkpoint and the begin of the next, at least.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// How long the job's end waits for its last checkpoint.
+const LAST_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Work for the store's thread.
+type Task = Box<dyn FnOnce(&mut Store) + Send>;
+
+/// The thread that has the folder's store.
+#[derive(Debug)]
+pub(crate) struct StoreThread {
+    tasks: Option<Sender<Task>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl StoreThread {
+    /// Opens the folder, in the thread that will work on it.
+    pub(crate) fn open(folder: &Path, disk: DiskChoice) -> Result<Self, Error> {
+        let (tasks, received) = unbounded::<Task>();
+        let (opened, is_open) = bounded(1);
+        let folder = folder.to_owned();
+        let work = move || {
+            let store = open_disk(disk).and_then(|(disk, why)| {
+                if let Some(why) = why {
+                    eprintln!("testudo: checkpoints: {why}");
+                }
+                Store::open(&folder, disk).map_err(|error| Error::Checkpoint(error.to_string()))
+            });
+            match store {
+                Err(error) => drop(opened.send(Err(error))),
+                Ok(mut store) => {
+                    drop(opened.send(Ok(())));
+                    received.iter().for_each(|task| task(&mut store));
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("testudo-store".into())
+            .spawn(work)
+            .map_err(|error| Error::Machine(format!("cannot start a thread: {error}")))?;
+        is_open.recv().map_err(|_| gone())??;
+        Ok(Self { tasks: Some(tasks), thread: Some(thread) })
+    }
+
+    /// Works on the store and waits for the result.
+    pub(crate) fn ask<R: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Store) -> R + Send + 'static,
+    ) -> Result<R, Error> {
+        let (send, result) = bounded(1);
+        self.post(move |store| drop(send.send(task(store))));
+        result.recv().map_err(|_| gone())
+    }
+
+    /// Has something done, later.
+    fn post(&self, task: impl FnOnce(&mut Store) + Send + 'static) {
+        if let Some(tasks) = &self.tasks {
+            // A thread that is gone is noticed by who waits for an answer.
+            let _ = tasks.send(Box::new(task));
+        }
+    }
+}
+
+fn gone() -> Error {
+    Error::Machine("the thread of the checkpoint folder is gone".into())
+}
+
+impl Drop for StoreThread {
+    fn drop(&mut self) {
+        self.tasks = None;
+        if let Some(thread) = self.thread.take() {
+            // It has said whatever it had to say.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a worker has saved, by the epoch.
+#[derive(Debug, Clone)]
+struct Snapshot {
+    epoch: u64,
+    file: FileRef,
+    flight_bytes: u64,
+}
+
+/// A message from the store's thread.
+type Sealed = (u64, Result<(), String>);
+
+/// The checkpoints of a running job.
+#[derive(Debug)]
+pub(crate) struct Checkpointer {
+    coordinator: Coordinator,
+    timer: Timer,
+    store: StoreThread,
+    job: String,
+    job_id: u64,
+    sealed: (Sender<Sealed>, Receiver<Sealed>),
+    events: Arc<Events>,
+    /// Each worker's latest acknowledged snapshot, and the one of the last complete checkpoint.
+    acked: Vec<Option<Snapshot>>,
+    good: Vec<Option<Snapshot>>,
+    /// Each worker's epoch in its words as last seen.
+    seen: Vec<u64>,
+    skipped: Vec<u64>,
+    /// The files of the checkpoint that the job went on from, kept while workers may read them.
+    resumed: Vec<FileRef>,
+    begun_ms: u64,
+    is_last: bool,
+    said: Option<(String, u64)>,
+}
+
+impl Checkpointer {
+    /// Checkpoints of a job that is about to start.
+    pub(crate) fn new(
+        plan: &Plan,
+        settings: &Settings,
+        store: StoreThread,
+        resumed: Option<&Resumed>,
+        job_id: u64,
+        events: &Arc<Events>,
+    ) -> Result<Self, Error> {
+        let failed = |error: StoreError| Error::Checkpoint(error.to_string());
+        let (next_id, next_epoch) =
+            store.ask(|store| Ok((store.next_id()?, store.next_epoch()?)))?.map_err(failed)?;
+        let limits = Limits { deadline: settings.checkpoint_deadline, ..Limits::default() };
+        let mut good = vec![None; plan.workers];
+        if let Some(resumed) = resumed.filter(|resumed| resumed.restore.same_shape) {
+            for (worker, file) in &resumed.restore.files {
+                let epoch = RegionName::parse(&file.name).map_or(0, |name| name.epoch);
+                good[*worker] = Some(Snapshot { epoch, file: file.clone(), flight_bytes: 0 });
+            }
+        }
+        let region_good = |region: usize| {
+            let mut tasks = plan.regions.tasks(region).iter();
+            tasks.next().and_then(|worker| good[*worker].as_ref()).map(|good| good.epoch)
+        };
+        let start = Start {
+            last_id: next_id - 1,
+            last_epoch: next_epoch - 1,
+            good: (0..plan.regions.count()).map(region_good).collect(),
+        };
+        let schedule = settings.checkpoints.clone();
+        Ok(Self {
+            coordinator: Coordinator::resume(plan.regions.clone(), limits, &start),
+            timer: Timer::new(schedule, PAUSE, now()),
+            store,
+            job: settings.name.clone(),
+            job_id,
+            sealed: unbounded(),
+            events: Arc::clone(events),
+            acked: vec![None; plan.workers],
+            good,
+            seen: vec![0; plan.workers],
+            skipped: vec![0; plan.workers],
+            resumed: resumed
+                .map(|r| r.restore.files.iter().map(|(_, f)| f.clone()).collect())
+                .unwrap_or_default(),
+            begun_ms: 0,
+            is_last: false,
+            said: None,
+        })
+    }
+
+    /// What became of the latest checkpoints.
+    pub(crate) fn history(&self) -> &History {
+        self.coordinator.history()
+    }
+
+    /// Takes a turn: hears workers, the clock and the store, and does what follows.
+    pub(crate) fn look(&mut self, plan: &Plan, scene: &Scene, crew: &mut Crew<'_>) {
+        let now = now();
+        let mut actions = Vec::new();
+        for worker in crew.take_deaths() {
+            actions.extend(self.coordinator.task_failed(now, worker));
+        }
+        for worker in 0..plan.workers {
+            self.hear(worker, now, scene, crew, &mut actions);
+        }
+        while let Ok((id, result)) = self.sealed.1.try_recv() {
+            actions.extend(self.coordinator.sealed(now, id, result));
+        }
+        actions.extend(self.coordinator.tick(now));
+        let is_free = self.coordinator.open().is_none() && !self.is_last;
+        if is_free && self.coordinator.all_running() && self.timer.is_due(now) {
+            self.begin(now, Kind::Regional, &mut actions);
+        }
+        self.carry_out(actions, plan, scene);
+    }
+
+    fn begin(&mut self, now: Now, kind: Kind, actions: &mut Vec<Action>) {
+        self.timer.begun(now);
+        self.begun_ms = u64::try_from(now.unix_ms).unwrap_or(0);
+        if let Ok((_, more)) = self.coordinator.begin(now, kind) {
+            actions.extend(more);
+        }
+    }
+
+    /// Hears what a worker says: that it runs, and how its part of a cut went.
+    fn hear(
+        &mut self,
+        worker: usize,
+        now: Now,
+        scene: &Scene,
+        crew: &Crew<'_>,
+        actions: &mut Vec<Action>,
+    ) {
+        let header = scene.workers[worker];
+        let state = WorkerState::of(header.state.load(Ordering::Acquire));
+        let is_running = matches!(state, WorkerState::Running | WorkerState::Finished);
+        if !is_running || !crew.is_alive(worker) {
+            return;
+        }
+        let incarnation = header.incarnation.load(Ordering::Acquire);
+        actions.extend(self.coordinator.worker_began(now, worker, incarnation));
+        let words = &header.cut;
+        let joined = words.joined.load(Ordering::Acquire);
+        if joined > self.skipped[worker] {
+            self.skipped[worker] = joined;
+            let why = Err("it was not ready for another cut".to_owned());
+            actions.extend(self.coordinator.acknowledged(now, worker, joined, incarnation, why));
+        }
+        let epoch = words.epoch.load(Ordering::Acquire);
+        if epoch <= self.seen[worker] {
+            return;
+        }
+        self.seen[worker] = epoch;
+        let said_by = words.incarnation.load(Ordering::Relaxed);
+        let result = self.answer(worker, epoch, said_by, scene);
+        actions.extend(self.coordinator.acknowledged(now, worker, epoch, said_by, result));
+    }
+
+    /// A worker's answer to a cut.
+    fn answer(
+        &mut self,
+        worker: usize,
+        epoch: u64,
+        incarnation: u64,
+        scene: &Scene,
+    ) -> Result<Measure, String> {
+        let words = &scene.workers[worker].cut;
+        let get = |word: &testudo_shm::primitive::AtomicU64| word.load(Ordering::Relaxed);
+        let failure = get(&words.failure);
+        if failure != 0 {
+            return Err(explain(failure, get(&words.errno)));
+        }
+        let name = RegionName { worker: worker as u32, epoch, incarnation };
+        let file = FileRef {
+            name: name.to_string(),
+            bytes: get(&words.file_bytes),
+            index_at: get(&words.index_at),
+            index_bytes: get(&words.index_bytes),
+            index_checksum: get(&words.index_checksum),
+        };
+        let (bytes, flight_bytes) = (file.bytes, get(&words.flight_bytes));
+        self.acked[worker] = Some(Snapshot { epoch, file, flight_bytes });
+        Ok(Measure {
+            bytes_full: if get(&words.is_full) != 0 { bytes } else { 0 },
+            bytes_incremental: bytes,
+            in_flight_bytes: flight_bytes,
+            pause_ns: get(&words.pause_ns),
+        })
+    }
+
+    fn carry_out(&mut self, actions: Vec<Action>, plan: &Plan, scene: &Scene) {
+        let mut wake = false;
+        for action in actions {
+            match action {
+                Action::BeginCut { region, epoch } => {
+                    let words = &scene.control_header.regions[region];
+                    words.epoch.store(epoch, Ordering::Release);
+                    wake = true;
+                }
+                Action::AbortCut { region, epoch } => {
+                    let words = &scene.control_header.regions[region];
+                    words.aborted.store(epoch, Ordering::Release);
+                    wake = true;
+                }
+                Action::Seal { id, kind, parts } => self.seal(id, kind, &parts, plan),
+                Action::Complete { parts, .. } => {
+                    self.timer.ended(now());
+                    self.complete(&parts, plan, scene);
+                }
+                Action::Fail { id, why } => {
+                    self.timer.ended(now());
+                    self.say(id, why);
+                }
+            }
+        }
+        if wake {
+            scene.wake_workers();
+        }
+    }
+
+    /// A failed checkpoint is said, but not the same failure every time.
+    fn say(&mut self, id: u64, why: String) {
+        const AGAIN_NS: u64 = 10_000_000_000;
+        let is_known = |(known, at): &(String, u64)| *known == why && now_ns() < at + AGAIN_NS;
+        if !self.said.as_ref().is_some_and(is_known) {
+            eprintln!("testudo: checkpoint {id} failed: {why}; the job goes on");
+            self.said = Some((why, now_ns()));
+        }
+    }
+
+    fn snapshot(&self, worker: usize, epoch: u64) -> Option<&Snapshot> {
+        let known = [&self.acked[worker], &self.good[worker]];
+        known.into_iter().flatten().find(|snapshot| snapshot.epoch == epoch)
+    }
+
+    /// Has the manifest and the root written.
+    fn seal(&mut self, id: u64, kind: Kind, parts: &[Part], plan: &Plan) {
+        let manifest = self.manifest(id, kind, parts, plan);
+        let (send, events) = (self.sealed.0.clone(), Arc::clone(&self.events));
+        self.store.post(move |store| {
+            let result = store.commit(&manifest).map(|_| ()).map_err(|error| error.to_string());
+            let _ = send.send((id, result));
+            events.bump();
+        });
+    }
+
+    fn manifest(&self, id: u64, kind: Kind, parts: &[Part], plan: &Plan) -> Manifest {
+        let regions = parts.iter().map(|part| {
+            let workers = plan.regions.tasks(part.region).iter().filter_map(|&worker| {
+                let file = self.snapshot(worker, part.epoch)?.file.clone();
+                Some(WorkerFile { worker: worker as u32, file })
+            });
+            checkpoint::Region {
+                number: part.region as u32,
+                epoch: part.epoch,
+                outcome: if part.is_fresh { Outcome::Ok } else { Outcome::CarriedOver },
+                workers: workers.collect(),
+            }
+        });
+        let operators = plan.operators.iter().filter_map(|operator| {
+            let state = operator.state?;
+            let grouping = match state.grouping {
+                Grouping::ByKey => "key",
+                Grouping::BySubtask => "subtask",
+            };
+            Some(Operator {
+                uid: operator.uid().into(),
+                name: operator.name.clone(),
+                schema: state.schema,
+                grouping: grouping.into(),
+            })
+        });
+        Manifest {
+            version: MANIFEST_VERSION,
+            id,
+            kind: match kind {
+                Kind::Savepoint => checkpoint::Kind::Savepoint,
+                _ => checkpoint::Kind::Checkpoint,
+            },
+            job: self.job.clone(),
+            job_id: self.job_id,
+            plan: plan.hash,
+            started_ms: self.begun_ms,
+            finished_ms: u64::try_from(unix_ms()).unwrap_or(0),
+            groups: plan.key_groups as u32,
+            workers: plan.workers as u32,
+            finished: self.is_last,
+            operators: operators.collect(),
+            regions: regions.collect(),
+            previous: None,
+            figures: BTreeMap::new(),
+        }
+    }
+
+    /// A checkpoint is on disk: workers may count on it, older files may go.
+    fn complete(&mut self, parts: &[Part], plan: &Plan, scene: &Scene) {
+        for part in parts.iter().filter(|part| part.is_fresh) {
+            let words = &scene.control_header.regions[part.region];
+            words.good.store(part.epoch, Ordering::Release);
+            for &worker in plan.regions.tasks(part.region) {
+                self.good[worker] = self.snapshot(worker, part.epoch).cloned();
+            }
+        }
+        let is_restored = |worker: &&testudo_shm::header::WorkerHeader| {
+            worker.restoring.load(Ordering::Acquire) == 0
+        };
+        if scene.workers.iter().all(|worker| is_restored(&worker)) {
+            self.resumed.clear();
+        }
+        let running_epoch = parts.iter().map(|part| part.epoch).min().unwrap_or(0);
+        let known = self.good.iter().chain(&self.acked).flatten();
+        let mut held: Vec<FileRef> = known.map(|snapshot| snapshot.file.clone()).collect();
+        held.extend(self.resumed.iter().cloned());
+        self.store.post(move |store| {
+            // What stays is removed another time: nothing depends on it.
+            let _ = store.retire(&Keep { running_epoch, held: &held });
+        });
+    }
+
+    /// The job has come to its end: one more checkpoint says so. True once it is complete, or
+    /// cannot be.
+    pub(crate) fn finish(&mut self, plan: &Plan, scene: &Scene) -> bool {
+        let now = now();
+        if !self.is_last {
+            if self.coordinator.open().is_some() {
+                return false;
+            }
+            self.is_last = true;
+            let mut actions = Vec::new();
+            self.begin(now, Kind::Global, &mut actions);
+            self.carry_out(actions, plan, scene);
+            return false;
+        }
+        let patience = u64::try_from(LAST_PATIENCE.as_millis()).unwrap_or(0);
+        let waited = u64::try_from(now.unix_ms).unwrap_or(0).saturating_sub(self.begun_ms);
+        self.coordinator.open().is_none() || waited > patience
+    }
+
+    /// When the loop should look again by itself.
+    pub(crate) fn patience(&self) -> Option<Duration> {
+        let now = now();
+        let due = self.timer.due_in(now).filter(|_| self.coordinator.open().is_none());
+        let deadline = self.coordinator.deadline_ns();
+        let deadline = deadline.map(|at| Duration::from_nanos(at.saturating_sub(now.monotonic_ns)));
+        due.into_iter().chain(deadline).min()
+    }
+
+    /// When checkpoints are taken, from now on.
+    pub(crate) fn set_schedule(&mut self, schedule: Schedule) {
+        self.timer.set(schedule, now());
+    }
+}
+
+fn now() -> Now {
+    Now { monotonic_ns: now_ns(), unix_ms: unix_ms() }
+}
+
+/// A worker's failure in words.
+fn explain(failure: u64, errno: u64) -> String {
+    const DISK: u64 = CutFailure::Disk as u64;
+    const COPIES: u64 = CutFailure::Copies as u64;
+    const PEER: u64 = CutFailure::Peer as u64;
+    match failure {
+        DISK if errno > 0 => {
+            let error = std::io::Error::from_raw_os_error(errno as i32);
+            format!("its file cannot be written: {error}")
+        }
+        DISK => "its file cannot be written".into(),
+        COPIES => "its state changed faster than the disk took it; \
+                   raise --checkpoint-memory, or take checkpoints less often"
+            .into(),
+        PEER => "a worker that it gets records from died, or the cut was given up".into(),
+        _ => "it began after the cut had".into(),
+    }
+}

@@ -1,0 +1,245 @@
+//! Resuming: which checkpoint a job goes on from, whether it may, and what its workers must know.
+//!
+//! Invariants: nothing is changed before everything was checked: job, schemas, files; the older
+//! checkpoint is used only when the newer one is damaged, and that is said; before any output is
+//! taken back, the chosen checkpoint is made the newest, so that a crash cannot find the other one
+//! again.
+//!
+//! Called by `launch`.
+
+use super::checkpoint::StoreThread;
+use crate::checkpoint::notes::{Notes, Part};
+use crate::config::Settings;
+use crate::error::Error;
+use crate::plan::{Grouping, Plan};
+use crate::worker::restore::{OldWorker, Restore};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use testudo_state::checkpoint::{Manifest, ManifestName, Store, StoreError};
+
+/// What a worker of the earlier run has left.
+#[derive(Debug)]
+pub(crate) struct Old {
+    pub(crate) worker: usize,
+    pub(crate) notes: Notes,
+    pub(crate) cells: HashMap<u64, Vec<u8>>,
+}
+
+/// A checkpoint that was chosen.
+#[derive(Debug)]
+pub(crate) struct Chosen {
+    pub(crate) manifest: Manifest,
+    pub(crate) old: Vec<Old>,
+}
+
+/// A checkpoint that fits the plan.
+#[derive(Debug)]
+pub(crate) struct Resumed {
+    pub(crate) restore: Restore,
+    pub(crate) old: Vec<Old>,
+}
+
+/// Chooses the checkpoint that the settings ask for: the newest whole one, or the one that is
+/// named. `unusable` are those that turned out to be damaged. `None`: there is none yet.
+pub(crate) fn choose(
+    store: &StoreThread,
+    settings: &Settings,
+    unusable: &[u64],
+) -> Result<Option<Chosen>, Error> {
+    let named = settings.resume_from.clone();
+    let unusable = unusable.to_vec();
+    store.ask(move |store| match named {
+        Some(name) => open_named(store, &name).map(Some),
+        None => open_newest(store, &unusable),
+    })?
+}
+
+fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Error> {
+    let failed = |error: StoreError| Error::Checkpoint(error.to_string());
+    let mut damages = Vec::new();
+    for candidate in store.candidates().map_err(failed)? {
+        let Some(manifest) = &candidate.manifest else {
+            damages.extend(candidate.damage.map(|damage| damage.to_string()));
+            continue;
+        };
+        if unusable.contains(&manifest.id) {
+            damages.push(format!("checkpoint {} has a damaged block", manifest.id));
+            continue;
+        }
+        let opened = match &candidate.damage {
+            Some(damage) => Err(Error::Damaged(damage.to_string())),
+            None => open(store, manifest.clone()),
+        };
+        match opened {
+            Ok(chosen) => {
+                for damage in &damages {
+                    eprintln!("testudo: {damage}");
+                }
+                if !damages.is_empty() {
+                    eprintln!("testudo: going on from checkpoint {} instead", manifest.id);
+                }
+                return Ok(Some(chosen));
+            }
+            Err(error) => damages.push(error.to_string()),
+        }
+    }
+    if damages.is_empty() {
+        return Ok(None);
+    }
+    Err(Error::Checkpoint(format!(
+        "no checkpoint in {} can be used: {}",
+        store.folder().display(),
+        damages.join("; ")
+    )))
+}
+
+fn open_named(store: &mut Store, name: &str) -> Result<Chosen, Error> {
+    let failed = |error: StoreError| Error::Checkpoint(error.to_string());
+    let names = match name.parse::<u64>() {
+        Ok(id) => {
+            [false, true].map(|savepoint| ManifestName { id, savepoint }.to_string()).to_vec()
+        }
+        Err(_) => {
+            let path = Path::new(name);
+            let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let canonical = |path: &Path| path.canonicalize().ok();
+            if folder.is_some_and(|folder| canonical(folder) != canonical(store.folder())) {
+                return Err(Error::Checkpoint(format!(
+                    "{name} does not lie in the checkpoint folder {}; \
+                     give its folder as --checkpoint-dir",
+                    store.folder().display()
+                )));
+            }
+            vec![path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())]
+        }
+    };
+    let (disk, pool) = store.disk();
+    drop((disk, pool));
+    let folder = store.folder().to_owned();
+    let found = names.iter().find(|name| folder.join(name).is_file());
+    let Some(found) = found else {
+        return Err(Error::Checkpoint(format!(
+            "there is no checkpoint {name} in {}; `testudo checkpoint list {}` shows what there is",
+            folder.display(),
+            folder.display()
+        )));
+    };
+    store.adopt(found).map_err(failed)?;
+    let candidates = store.candidates().map_err(failed)?;
+    let found = candidates.into_iter().find(|candidate| &candidate.name == found);
+    let manifest = found
+        .and_then(|candidate| candidate.manifest)
+        .ok_or_else(|| Error::Checkpoint(format!("checkpoint {name} cannot be read")))?;
+    open(store, manifest)
+}
+
+/// Reads what all workers have noted.
+fn open(store: &mut Store, manifest: Manifest) -> Result<Chosen, Error> {
+    let folder = store.folder().to_owned();
+    let mut old = Vec::new();
+    if !manifest.finished {
+        for region in &manifest.regions {
+            for file in &region.workers {
+                let worker = file.worker as usize;
+                let chain = Arc::new(store.chain(&file.file)?);
+                let (disk, pool) = store.disk();
+                let OldWorker { notes, cells, .. } =
+                    OldWorker::read(worker, chain, disk, pool, &folder)?;
+                old.push(Old { worker, notes, cells });
+            }
+        }
+    }
+    Ok(Chosen { manifest, old })
+}
+
+impl Chosen {
+    /// Checks that the job may go on from this, and says what its workers must know.
+    pub(crate) fn fit(
+        self,
+        plan: &Plan,
+        settings: &Settings,
+        lazy: bool,
+    ) -> Result<Resumed, Error> {
+        let Self { manifest, old } = self;
+        self::check(&manifest, plan, settings)?;
+        let shape = plan.shape();
+        let same_shape = manifest.workers as usize == plan.workers
+            && old.iter().all(|old| old.notes.shape == shape);
+        let files = manifest.regions.iter().flat_map(|region| &region.workers);
+        let restore = Restore {
+            id: manifest.id,
+            same_shape,
+            is_lazy: lazy,
+            files: files.map(|file| (file.worker as usize, file.file.clone())).collect(),
+            stages: old.first().map(|old| old.notes.stages.clone()).unwrap_or_default(),
+            parts: deal_parts(&old, plan, same_shape),
+        };
+        Ok(Resumed { restore, old })
+    }
+}
+
+fn check(manifest: &Manifest, plan: &Plan, settings: &Settings) -> Result<(), Error> {
+    let refuse = |message: String| Err(Error::Checkpoint(message));
+    if manifest.job != settings.name {
+        return refuse(format!(
+            "checkpoint {} is of job {:?}, this is job {:?}; \
+             choose another --checkpoint-dir, or give --name {:?}",
+            manifest.id, manifest.job, settings.name, manifest.job
+        ));
+    }
+    for was in &manifest.operators {
+        let now = plan.operators.iter().find(|operator| operator.uid() == was.uid);
+        let Some(state) = now.and_then(|operator| operator.state) else {
+            if settings.allow_dropped_state {
+                continue;
+            }
+            return refuse(format!(
+                "checkpoint {} has state of operator {} (uid {}), which this job does not have; \
+                 give the operator that uid, or drop its state with --allow-dropped-state",
+                manifest.id, was.name, was.uid
+            ));
+        };
+        if state.schema != was.schema {
+            return refuse(format!(
+                "operator {} (uid {}) has keys or values of another type (schema {:016x}) than in \
+                 checkpoint {} ({:016x}); its state cannot be read as what it is now",
+                was.name, was.uid, state.schema, manifest.id, was.schema
+            ));
+        }
+        let grouping = match state.grouping {
+            Grouping::ByKey => "key",
+            Grouping::BySubtask => "subtask",
+        };
+        if grouping != was.grouping {
+            return refuse(format!(
+                "operator {} (uid {}) has state by {grouping}, in checkpoint {} by {}",
+                was.name, was.uid, manifest.id, was.grouping
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Who reads which part of each source: as it was, or dealt out in turn.
+fn deal_parts(old: &[Old], plan: &Plan, same_shape: bool) -> Vec<(String, Vec<Vec<Part>>)> {
+    let sources = plan.operators.iter().filter(|operator| operator.kind == "source");
+    let deal = sources.map(|operator| {
+        let stage = &plan.stages[operator.stage];
+        let mut subtasks = vec![Vec::new(); stage.workers.len()];
+        let mut next = 0;
+        for old in old {
+            for part in old.notes.parts.iter().filter(|part| part.operator == operator.uid()) {
+                let own = stage.workers.iter().position(|worker| *worker == old.worker);
+                let subtask = match own {
+                    Some(own) if same_shape => own,
+                    _ => next % subtasks.len(),
+                };
+                subtasks[subtask].push(part.clone());
+                next += 1;
+            }
+        }
+        (operator.uid().to_owned(), subtasks)
+    });
+    deal.collect()
+}
