@@ -264,6 +264,27 @@ fn dropping_a_disk_waits_for_what_is_in_flight() {
 }
 
 #[test]
+fn polling_alone_completes_everything() {
+    each(|disk, pool, folder| {
+        let file = create(disk, &folder.join("file"));
+        for place in 0..8 {
+            let (at, buffer) = (place * BUFFER_BYTES as u64, filled(pool, place));
+            disk.submit(Op::Write { file, at, buffer, bytes: BUFFER_BYTES }).unwrap();
+        }
+        let mut done = Vec::new();
+        for _ in 0..60_000 {
+            disk.poll(&mut done);
+            if disk.in_flight() == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(done.len(), 8);
+        now(disk, Op::Close { file }).unwrap();
+    });
+}
+
+#[test]
 fn registered_buffers_and_others_are_both_written() {
     let Ok(mut disk) = Uring::new(8) else { return };
     let (pool, stranger) = (Pool::new(4 * BUFFER_BYTES), Pool::new(BUFFER_BYTES));
@@ -271,7 +292,7 @@ fn registered_buffers_and_others_are_both_written() {
     let path = folder.path().join("file");
     eprintln!("registered: {}", disk.register(&pool));
     let file = create(&mut disk, &path);
-    for (place, pool) in [&pool, &stranger].into_iter().enumerate() {
+    for (place, pool) in [&stranger, &pool].into_iter().enumerate() {
         let (at, buffer) = (place as u64 * BUFFER_BYTES as u64, filled(pool, place as u64));
         disk.submit(Op::Write { file, at, buffer, bytes: BUFFER_BYTES }).unwrap();
     }
@@ -284,6 +305,29 @@ fn registered_buffers_and_others_are_both_written() {
         let read = disk::read_file(&mut disk, &pool, &path, at, BUFFER_BYTES as u64, 1 << 20);
         assert!(read.unwrap() == filled(&pool, place)[..], "part {place}");
     }
+}
+
+#[test]
+fn reserved_room_is_part_of_the_file_and_nothing_is_lost_to_it() {
+    each(|disk, pool, folder| {
+        let path = folder.join("file");
+        let file = create(disk, &path);
+        let reserved = 3 * BUFFER_BYTES as u64;
+        assert_eq!(now(disk, Op::Reserve { file, bytes: reserved }).unwrap(), Outcome::Done);
+        disk::write_at(disk, pool, file, BLOCK as u64, &[9; BLOCK]).unwrap();
+        now(disk, Op::Reserve { file, bytes: BLOCK as u64 }).unwrap();
+        now(disk, Op::Sync { file }).unwrap();
+        now(disk, Op::Close { file }).unwrap();
+        assert_eq!(disk::size_of(disk, &path).unwrap(), reserved);
+        let read = disk::read_file(disk, pool, &path, 0, 3 * BLOCK as u64, 1 << 20).unwrap();
+        assert!(read == [[0; BLOCK], [9; BLOCK], [0; BLOCK]].concat());
+        if disk.kind() != "memory" {
+            let file = file_of(now(disk, Op::Edit { path: "/dev/full".into() }));
+            let refused = now(disk, Op::Reserve { file, bytes: 1 << 20 }).unwrap_err();
+            assert_eq!(disk::os_code(&refused), Some(libc::ENODEV), "{refused}");
+            now(disk, Op::Close { file }).unwrap();
+        }
+    });
 }
 
 #[test]
@@ -449,11 +493,12 @@ fn failures_by_chance_are_the_same_for_the_same_seed() {
     assert_ne!(run(7), run(8));
 }
 
-/// Makes this thread's io_uring_setup fail with `code`, as a container's seccomp profile does.
-fn refuse_io_uring(code: u32) {
+/// Makes a system call of this thread fail with `code`, as a container's seccomp profile does.
+fn refuse(call: libc::c_long, code: i32) {
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-    // Load the call's number; skip one if it is not io_uring_setup; else the error.
-    let number = u32::try_from(libc::SYS_io_uring_setup).unwrap();
+    // Load the call's number; skip one if it is another call; else the error.
+    let number = u32::try_from(call).unwrap();
+    let code = u32::try_from(code).unwrap();
     let mut program = [
         step(0x20, 0, 0, 0),
         step(0x15, 0, 1, number),
@@ -472,7 +517,7 @@ fn refuse_io_uring(code: u32) {
 fn where_io_uring_is_refused_the_helper_thread_takes_over_and_says_why() {
     for (code, word) in [(libc::EPERM, "seccomp"), (libc::ENOSYS, "built without")] {
         let test = move || {
-            refuse_io_uring(u32::try_from(code).unwrap());
+            refuse(libc::SYS_io_uring_setup, code);
             let (mut disk, why) = disk::open(DiskKind::Auto).unwrap();
             let why = why.expect("a reason");
             assert!(why.contains(word) && why.contains("pwrite"), "{why}");
@@ -485,6 +530,21 @@ fn where_io_uring_is_refused_the_helper_thread_takes_over_and_says_why() {
         };
         std::thread::spawn(test).join().unwrap();
     }
+}
+
+#[test]
+fn buffers_that_cannot_be_registered_are_written_all_the_same() {
+    let test = || {
+        let Ok(mut disk) = Uring::new(8) else { return };
+        refuse(libc::SYS_io_uring_register, libc::ENOMEM);
+        let pool = Pool::new(BUFFER_BYTES);
+        assert!(!disk.register(&pool));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        disk::write_file(&mut disk, &pool, &path, b"written").unwrap();
+        assert_eq!(disk::read_file(&mut disk, &pool, &path, 0, 7, 7).unwrap(), b"written");
+    };
+    std::thread::spawn(test).join().unwrap();
 }
 
 #[test]
@@ -543,6 +603,22 @@ fn an_unsynced_write_is_kept_lost_or_torn_at_a_sector() {
     }
     now(&mut disk, Op::Sync { file }).unwrap();
     assert_eq!(contents(&disk, &at("roots")), BTreeSet::from([torn(2, 2)]));
+}
+
+#[test]
+fn a_file_may_have_grown_without_its_bytes() {
+    let (mut disk, pool) = (Memory::new(), Pool::new(BUFFER_BYTES));
+    let file = create(&mut disk, &at("file"));
+    now(&mut disk, Op::SyncDir { path: FOLDER.into() }).unwrap();
+    disk::write_at(&mut disk, &pool, file, 0, &[1; BLOCK]).unwrap();
+    let left = contents(&disk, &at("file"));
+    for possible in [vec![], vec![0; BLOCK], vec![1; SECTOR], vec![1; BLOCK]] {
+        assert!(left.contains(&Some(possible.clone())), "{} bytes", possible.len());
+    }
+    now(&mut disk, Op::Reserve { file, bytes: 2 * BLOCK as u64 }).unwrap();
+    now(&mut disk, Op::Sync { file }).unwrap();
+    let synced = [[1; BLOCK], [0; BLOCK]].concat();
+    assert_eq!(contents(&disk, &at("file")), BTreeSet::from([Some(synced)]));
 }
 
 #[test]

@@ -27,6 +27,7 @@ const REPEATS_MAX: u32 = 1000;
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Call {
     Open { path: *const libc::c_char, flags: c_int },
+    Reserve { fd: RawFd, bytes: u64 },
     Write { fd: RawFd, from: *const u8, bytes: u32, at: u64 },
     Read { fd: RawFd, into: *mut u8, bytes: u32, at: u64 },
     Sync { fd: RawFd },
@@ -39,6 +40,7 @@ pub(super) enum Call {
 #[derive(Debug)]
 enum Task {
     Open { path: CString, flags: c_int },
+    Reserve { file: FileId, fd: RawFd, bytes: u64 },
     Transfer { file: FileId, fd: RawFd, at: u64, buffer: Buffer, bytes: usize, moved: usize },
     Sync { file: FileId, fd: RawFd },
     SyncFd { fd: OwnedFd },
@@ -111,6 +113,10 @@ impl Job {
                 let task = task.and_then(|(from, to)| Ok(Task::Rename { from, to: to? }));
                 (path, task)
             }
+            Op::Reserve { file, bytes } => {
+                let (fd, path) = files.transfer(file);
+                (path, Ok(Task::Reserve { file, fd, bytes }))
+            }
             Op::Write { file, at, buffer, bytes } | Op::Read { file, at, buffer, bytes } => {
                 let (fd, path) = files.transfer(file);
                 (path, Ok(Task::Transfer { file, fd, at, buffer, bytes, moved: 0 }))
@@ -135,6 +141,7 @@ impl Job {
     pub(super) fn call(&mut self, most: usize) -> Call {
         match &mut self.task {
             Task::Open { path, flags } => Call::Open { path: path.as_ptr(), flags: *flags },
+            Task::Reserve { fd, bytes, .. } => Call::Reserve { fd: *fd, bytes: *bytes },
             Task::Transfer { fd, at, buffer, bytes, moved, .. } => {
                 let (fd, at) = (*fd, *at + *moved as u64);
                 let rest = &mut buffer[*moved..*bytes];
@@ -187,6 +194,8 @@ impl Job {
             // Linux has closed the file even when it says so.
             Task::Close { .. } if code == libc::EINTR => self.end(Ok(End::Done)),
             Task::Close { .. } => self.end(Err(error)),
+            // The file system cannot: writes make the file longer one by one.
+            Task::Reserve { .. } if code == libc::EOPNOTSUPP => self.end(Ok(End::Done)),
             // The file system has no direct transfers. It may have made the name before it said so;
             // had the name been there before, it would have said that.
             Task::Open { flags, .. } if code == libc::EINVAL && *flags & libc::O_DIRECT != 0 => {
@@ -257,6 +266,10 @@ impl Finished {
             Task::Transfer { file, buffer, .. } => {
                 files.transferred(file);
                 Some(buffer)
+            }
+            Task::Reserve { file, .. } => {
+                files.transferred(file);
+                None
             }
             Task::Sync { file, .. } => {
                 files.synced(file);

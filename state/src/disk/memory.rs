@@ -325,6 +325,10 @@ impl Inner {
                 let node = self.file(*file).node;
                 self.nodes[node].write(*at as usize, &buffer[..*bytes]);
             }
+            Op::Reserve { file, bytes } => {
+                let node = self.file(*file).node;
+                self.nodes[node].write(*bytes as usize, &[]);
+            }
             Op::Create { path } => drop(self.create(path)),
             Op::Rename { from, to } => drop(self.rename(from, to)),
             Op::Remove { path } => drop(self.remove(path)),
@@ -430,6 +434,8 @@ impl Inner {
                 let edits = matches!(op, Op::Edit { .. });
                 Ok(self.opened(node, true, edits))
             }
+            // Grows to there, where it is shorter.
+            Op::Reserve { file, bytes } => self.write(*file, *bytes, &[]),
             Op::Write { file, at, buffer, bytes } => self.write(*file, *at, &buffer[..*bytes]),
             Op::Read { file, at, buffer, bytes } => self.read(*file, *at, &mut buffer[..*bytes]),
             Op::Sync { file } => self.sync(*file),

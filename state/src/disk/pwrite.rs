@@ -81,6 +81,7 @@ fn make(call: Call) -> i32 {
     let result: libc::ssize_t = unsafe {
         match call {
             Call::Open { path, flags } => libc::open(path, flags, 0o600) as _,
+            Call::Reserve { fd, bytes } => libc::fallocate(fd, 0, 0, bytes as libc::off_t) as _,
             Call::Write { fd, from, bytes, at } => {
                 libc::pwrite(fd, from.cast(), bytes as usize, at as libc::off_t)
             }

@@ -78,6 +78,7 @@ fn check_features(ring: &IoUring) -> io::Result<()> {
         opcode::WriteFixed::CODE,
         opcode::ReadFixed::CODE,
         opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
         opcode::Close::CODE,
         opcode::RenameAt::CODE,
         opcode::UnlinkAt::CODE,
@@ -183,6 +184,7 @@ fn entry(call: Call, is_registered: bool) -> squeue::Entry {
         Call::Open { path, flags } => {
             opcode::OpenAt::new(here, path).flags(flags).mode(0o600).build()
         }
+        Call::Reserve { fd, bytes } => opcode::Fallocate::new(Fd(fd), bytes).build(),
         Call::Write { fd, from, bytes, at } if is_registered => {
             opcode::WriteFixed::new(Fd(fd), from, bytes, 0).offset(at).build()
         }
