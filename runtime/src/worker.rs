@@ -21,6 +21,8 @@ pub(crate) mod load;
 
 pub(crate) mod resume;
 
+pub(crate) mod reshape;
+
 pub(crate) mod cut;
 
 pub(crate) mod save;

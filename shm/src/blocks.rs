@@ -198,6 +198,12 @@ impl Tracker {
         self.taken.len()
     }
 
+    /// How many blocks of the last cut do not lie before this one.
+    #[must_use]
+    pub fn taken_from(&self, first: u64) -> usize {
+        self.taken.iter().filter(|block| **block >= first).count()
+    }
+
     /// Whether a cut is open.
     #[inline(always)]
     #[must_use]

@@ -9,7 +9,7 @@ use crate::exchange::inlet::Inlet;
 use crate::operator::{Intake, Push, Stage};
 use crate::plan::CounterKind;
 use crate::source::Source;
-use crate::source::stage::{Pace, SourceStage};
+use crate::source::stage::{Pace, SourcePart, SourceStage};
 use crate::worker::StageRef;
 use crate::worker::attach::Attach;
 use std::cell::RefCell;
@@ -93,13 +93,18 @@ impl<S: Source> Chain for SourceChain<S> {
     ) -> Result<StageRef, Error> {
         let subtask = attach.subtask(self.stage);
         let name = attach.operator_name(self.operator);
-        let start = self.source.start(subtask);
-        attach.note_part(self.operator, subtask);
-        let position = attach.cell(self.operator, "position", start)?;
-        let phase = attach.cell(self.operator, "phase", 0u64)?;
-        let from = attach.cx.txn.get(position);
-        let reader =
-            self.source.open(subtask, &from).map_err(|message| Error::job(&name, message))?;
+        let mut parts = Vec::new();
+        for part in attach.parts_of(self.stage) {
+            attach.note_part(self.operator, part);
+            let start = self.source.start(part);
+            let position = attach.part_cell(self.operator, part, "position", start)?;
+            let phase = attach.part_cell(self.operator, part, "phase", 0u64)?;
+            let from = attach.cx.txn.get(position);
+            let reader = self.source.open(part, &from);
+            let reader = reader.map_err(|message| Error::job(&name, message))?;
+            parts.push(SourcePart { reader, position, phase });
+        }
+        let before = attach.read_before(self.operator)?;
         let rejects = match self.rejects {
             None => None,
             Some(edge) => {
@@ -113,15 +118,15 @@ impl<S: Source> Chain for SourceChain<S> {
         let rejects_max = settings.max_rejects.unwrap_or(u64::MAX);
         let sources = attach.source_subtasks() as f64;
         let stage: StageRef = Rc::new(RefCell::new(SourceStage {
-            reader,
-            position,
-            phase,
+            parts,
+            turn: 0,
+            phase: attach.cell(self.operator, "phase", 0u64)?,
             records: attach.counter(self.operator, CounterKind::Out),
             rejected: attach.counter(self.operator, CounterKind::Rejected),
             rejects,
             rejects_max,
             pace: settings.rate.map(|rate| Pace::new(rate as f64 / sources)),
-            limit: self.divide_limit.map(share),
+            limit: self.divide_limit.map(|all| share(all.saturating_sub(before))),
             wake: None,
             name,
             next,
@@ -166,7 +171,7 @@ impl<T: Record> Chain for InletChain<T> {
             channels,
             rests,
             rested: attach.rested_cell(self.stage)?,
-            watermark: attach.named_cell(&format!("{name}/watermark"), i64::MIN)?,
+            watermark: attach.watermark_cell(self.stage, &format!("{name}/watermark"))?,
             done: attach.named_cell(&format!("{name}/done"), 0u64)?,
             first: 0,
             of: PhantomData,

@@ -212,7 +212,10 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         self.finish(Box::new(move |attach, chain: C| {
             let subtask = attach.subtask(stage);
             let name = attach.operator_name(operator);
-            let position = attach.cell(operator, "position", sink.start(subtask))?;
+            let uid = attach.plan.operators[operator].uid();
+            let cell = format!("{uid}/position");
+            let start = attach.inherited_by_number(stage, &cell, sink.start(subtask));
+            let position = attach.named_cell(&cell, start)?;
             let from = attach.cx.txn.get(position);
             let writer = sink.open(subtask, &from).map_err(|message| Error::job(&name, message))?;
             attach.cx.outputs.extend(Writer::<T, _>::file(&writer));
@@ -447,9 +450,19 @@ impl<T: Record, F: Fn(&T::View) -> i64 + 'static> Link<T> for EventTimeLink<F> {
     type Op<N: Push<T> + 'static> = EventTime<T, F, N>;
 
     fn link<N: Push<T> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
-        let latest = at.cell(self.operator, "latest", i64::MIN)?;
-        let latest_now = at.cx.txn.get(latest);
+        let stage = at.plan.operators[self.operator].stage;
+        let mut parts = Vec::new();
+        for part in at.parts_of(stage) {
+            let latest = at.part_cell(self.operator, part, "latest", i64::MIN)?;
+            parts.push((latest, at.cx.txn.get(latest)));
+        }
+        let is_behind_source = !parts.is_empty();
+        if !is_behind_source {
+            let latest = at.operator_watermark(self.operator, "latest")?;
+            parts.push((latest, at.cx.txn.get(latest)));
+        }
         let (time, bound) = (self.time, self.bound);
-        Ok(EventTime { time, bound, latest, latest_now, sent: i64::MIN, next, of: PhantomData })
+        let (batch, sent) = (i64::MIN, i64::MIN);
+        Ok(EventTime { time, bound, parts, is_behind_source, batch, sent, next, of: PhantomData })
     }
 }

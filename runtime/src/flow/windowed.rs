@@ -200,13 +200,15 @@ impl<K, A, U, F, X> WindowLink<K, A, U, F, X> {
         let slices = groups
             .slices(&mut at.cx.txn, "slices")
             .map_err(|error| Error::job(&at.operator_name(self.operator), error.to_string()))?;
+        let (cells, before) = at.fire_cells_by_group(self.operator, groups.groups())?;
         Ok(KeyedWindow {
             keyed: keyed_parts(at, self.operator, self.key),
             groups,
             slices,
             window: self.window,
             fns: TupleFns { fns: self.fns, of: PhantomData },
-            cells: fire_cells(at, self.operator)?,
+            cells,
+            before,
             good: (0, 0),
             places: [std::ptr::null_mut(); crate::operator::aggregate::AHEAD],
             late_records: at.counter(self.operator, CounterKind::Late),
@@ -302,9 +304,10 @@ impl<T: Record, C: Chain<Out = T>, F: Fn(&T::View) -> i64 + 'static> WindowedAll
                 declare_state::<i64>(&flow, operator, Grouping::BySubtask);
                 PreLink { window, time, init, fold, operator, of: PhantomData }
             });
+        let pre = partial.operator;
         partial.gather().then("window_all", |operator| {
             declare_state::<i64>(&flow, operator, Grouping::BySubtask);
-            MergeLink { window, merge, emit, operator, of: PhantomData }
+            MergeLink { window, merge, emit, pre, operator, of: PhantomData }
         })
     }
 }
@@ -344,7 +347,7 @@ where
             fold: self.fold,
             current: (0, 0),
             value: None,
-            watermark: at.cell(self.operator, "watermark", i64::MIN)?,
+            watermark: at.operator_watermark(self.operator, "watermark")?,
             late_records: at.counter(self.operator, CounterKind::Late),
             late: Counted,
             next,
@@ -365,6 +368,8 @@ pub struct MergeLink<A, U, M, E> {
     window: Window,
     merge: M,
     emit: E,
+    /// The operator that sends the partials.
+    pre: usize,
     operator: usize,
     of: PhantomData<fn() -> (A, U)>,
 }
@@ -380,8 +385,15 @@ where
     type Op<N: Push<U> + 'static> = MergeWindows<A, U, M, E, N>;
 
     fn link<N: Push<U> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
+        let mut store = slice_store(at, self.operator)?;
+        // Partials of another number of subtasks are taken over: theirs begin anew.
+        at.visit_subtasks(self.pre, |txn, groups, at| {
+            let table = groups.table::<i64, A>(txn, "slices")?;
+            store.merge_all(&mut at.cx, &table, &self.merge);
+            Ok(())
+        })?;
         Ok(MergeWindows {
-            store: slice_store(at, self.operator)?,
+            store,
             window: self.window,
             merge: self.merge,
             emit: self.emit,

@@ -271,8 +271,8 @@ where
             return Err(failed(error));
         }
         let timers = groups.timers(&mut at.cx.txn, "timers").map_err(failed)?;
-        let watermark = at.cell(operator, "watermark", i64::MIN)?;
-        let passed = at.cell(operator, "passed", i64::MIN)?;
+        let watermark = at.operator_watermark(operator, "watermark")?;
+        let passed = at.operator_watermark(operator, "passed")?;
         let (out, due) = (Vec::new(), DueTimer::default());
         let of = PhantomData;
         Ok(Self {

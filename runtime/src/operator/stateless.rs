@@ -163,12 +163,17 @@ where
     super::both_sides!();
 }
 
-/// Derives watermarks from the records that pass: the latest time seen, less the bound.
+/// Derives watermarks from the records that pass: the latest time seen, less the bound. Where a
+/// source reads several parts in turn, each has a time of its own, and the lowest counts.
 pub struct EventTime<T, F, N> {
     pub(crate) time: F,
     pub(crate) bound: i64,
-    pub(crate) latest: Place<i64>,
-    pub(crate) latest_now: i64,
+    /// The latest time of each part: its cell and its value.
+    pub(crate) parts: Vec<(Place<i64>, i64)>,
+    /// This stage begins with a source; others have one part, whatever source is being read.
+    pub(crate) is_behind_source: bool,
+    /// The latest time in the open batch.
+    pub(crate) batch: i64,
     pub(crate) sent: i64,
     pub(crate) next: N,
     pub(crate) of: PhantomData<fn(T)>,
@@ -177,13 +182,13 @@ pub struct EventTime<T, F, N> {
 impl<T: Record, F: Fn(&T::View) -> i64, N: Push<T>> Push<T> for EventTime<T, F, N> {
     #[inline(always)]
     fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
-        self.latest_now = self.latest_now.max((self.time)(item.view));
+        self.batch = self.batch.max((self.time)(item.view));
         self.next.push(cx, item);
     }
 
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
         for item in batch {
-            self.latest_now = self.latest_now.max((self.time)(item.view));
+            self.batch = self.batch.max((self.time)(item.view));
         }
         self.next.push_batch(cx, batch);
     }
@@ -191,9 +196,19 @@ impl<T: Record, F: Fn(&T::View) -> i64, N: Push<T>> Push<T> for EventTime<T, F, 
     #[inline(always)]
     fn end_batch(&mut self, cx: &mut Cx) {
         self.next.end_batch(cx);
-        let watermark = self.latest_now.saturating_sub(self.bound);
-        if watermark > self.sent && self.latest_now != i64::MIN {
-            cx.txn.set(self.latest, self.latest_now);
+        let part = if self.is_behind_source { cx.part } else { 0 };
+        if let Some((cell, latest)) = self.parts.get_mut(part)
+            && self.batch > *latest
+        {
+            *latest = self.batch;
+            cx.txn.set(*cell, *latest);
+        }
+        self.batch = i64::MIN;
+        let is_open = |part: usize| !self.is_behind_source || cx.is_part_open(part);
+        let open = self.parts.iter().zip(0..).filter(|(_, part)| is_open(*part));
+        let lowest = open.map(|((_, latest), _)| *latest).min().unwrap_or(i64::MIN);
+        let watermark = lowest.saturating_sub(self.bound);
+        if watermark > self.sent && lowest != i64::MIN {
             self.sent = watermark;
             cx.watermark = watermark;
             self.next.watermark(cx, watermark);

@@ -51,10 +51,19 @@ impl Pace {
     }
 }
 
-pub struct SourceStage<T, P: Plain, R, N> {
-    pub(crate) name: String,
+/// A part of the source, with the reader that reads it. There is one, unless the job goes on with
+/// another number of subtasks than it was begun with.
+pub struct SourcePart<P: Plain, R> {
     pub(crate) reader: R,
     pub(crate) position: Place<P>,
+    pub(crate) phase: Place<u64>,
+}
+
+pub struct SourceStage<T, P: Plain, R, N> {
+    pub(crate) name: String,
+    pub(crate) parts: Vec<SourcePart<P, R>>,
+    /// The part whose turn it is.
+    pub(crate) turn: usize,
     pub(crate) phase: Place<u64>,
     pub(crate) records: CounterPlace,
     pub(crate) rejected: CounterPlace,
@@ -127,12 +136,38 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
         max
     }
 
+    /// Reads from the part whose turn it is, or finds that all have ended.
     fn read(&mut self, cx: &mut Cx) -> usize {
+        let Some(part) = self.next_part(cx) else {
+            cx.txn.set(self.phase, ENDED);
+            return 0;
+        };
         let max = self.allowance(cx);
         if max == 0 {
             return 0;
         }
-        let mut position = cx.txn.get(self.position);
+        self.turn = part + 1;
+        let work = self.read_part(cx, part, max);
+        (cx.part, cx.ended_parts) = (0, Vec::new());
+        work
+    }
+
+    /// The next part that has not ended, in turn.
+    #[inline]
+    fn next_part(&self, cx: &Cx) -> Option<usize> {
+        let count = self.parts.len();
+        let order = (0..count).map(|step| (self.turn + step) % count);
+        order.into_iter().find(|part| cx.txn.get(self.parts[*part].phase) == READING)
+    }
+
+    fn read_part(&mut self, cx: &mut Cx, part: usize, max: usize) -> usize {
+        if self.parts.len() > 1 {
+            let ended = self.parts.iter().map(|part| cx.txn.get(part.phase) != READING);
+            (cx.ended_parts, cx.part) = (ended.collect(), part);
+        }
+        let SourcePart { reader, position: place, phase } = &mut self.parts[part];
+        let (place, phase) = (*place, *phase);
+        let mut position = cx.txn.get(place);
         let mut out = Collector {
             next: &mut self.next,
             cx,
@@ -142,29 +177,42 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
             last_reject: String::new(),
             of: PhantomData,
         };
-        let progress = self.reader.read(&mut position, max, &mut out);
+        let progress = reader.read(&mut position, max, &mut out);
         let (emitted, rejected, last_reject) = (out.emitted, out.rejected, out.last_reject);
         let moves_alone = progress == Ok(Progress::More);
         match progress {
             Ok(Progress::More) => {}
             Ok(Progress::Idle { until_ns }) => self.wake = Some(until_ns),
-            Ok(Progress::End) => cx.txn.set(self.phase, ENDED),
+            Ok(Progress::End) => self.end_part(cx, part, phase),
             Err(message) => cx.fail(Error::job(&self.name, message)),
         }
         if emitted + rejected > 0 {
-            cx.txn.set(self.position, position);
+            cx.txn.set(place, position);
             cx.count(self.records, emitted as u64);
             if rejected > 0 {
                 self.note_rejects(cx, rejected as u64, &last_reject);
             }
             self.end_batch(cx);
         } else if moves_alone {
-            cx.txn.set(self.position, position);
+            cx.txn.set(place, position);
         }
         if let Some(pace) = &mut self.pace {
             pace.took(emitted);
         }
         emitted + rejected
+    }
+
+    /// A part has ended: its time holds nothing up any more. The last one ends the source.
+    #[cold]
+    fn end_part(&mut self, cx: &mut Cx, part: usize, phase: Place<u64>) {
+        cx.txn.set(phase, ENDED);
+        if self.parts.iter().all(|part| cx.txn.get(part.phase) != READING) {
+            cx.txn.set(self.phase, ENDED);
+        } else {
+            self.end_batch(cx);
+            cx.ended_parts[part] = true;
+            self.end_batch(cx);
+        }
     }
 
     #[cold]

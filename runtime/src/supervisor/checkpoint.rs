@@ -118,7 +118,6 @@ impl Drop for StoreThread {
 struct Snapshot {
     epoch: u64,
     file: FileRef,
-    flight_bytes: u64,
 }
 
 /// A message from the store's thread.
@@ -165,7 +164,7 @@ impl Checkpointer {
         if let Some(resumed) = resumed.filter(|resumed| resumed.restore.same_shape) {
             for (worker, file) in &resumed.restore.files {
                 let epoch = RegionName::parse(&file.name).map_or(0, |name| name.epoch);
-                good[*worker] = Some(Snapshot { epoch, file: file.clone(), flight_bytes: 0 });
+                good[*worker] = Some(Snapshot { epoch, file: file.clone() });
             }
         }
         let region_good = |region: usize| {
@@ -290,7 +289,7 @@ impl Checkpointer {
             index_checksum: get(&words.index_checksum),
         };
         let (bytes, flight_bytes) = (file.bytes, get(&words.flight_bytes));
-        self.acked[worker] = Some(Snapshot { epoch, file, flight_bytes });
+        self.acked[worker] = Some(Snapshot { epoch, file });
         Ok(Measure {
             bytes_full: if get(&words.is_full) != 0 { bytes } else { 0 },
             bytes_incremental: bytes,

@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "reads and writes a shared mapping once, before it is in use")]
 
+use crate::checkpoint::notes::Part;
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::layout::DESCRIPTION_BYTES;
@@ -46,6 +47,13 @@ pub(crate) struct Description {
 }
 
 impl Description {
+    /// The parts of sources by source and subtask, where the job goes on from a checkpoint.
+    pub(crate) fn dealt(&self) -> Vec<(String, Vec<Vec<Part>>)> {
+        let restore =
+            self.checkpoints.as_ref().and_then(|checkpoints| checkpoints.restore.as_ref());
+        restore.map(|restore| restore.parts.clone()).unwrap_or_default()
+    }
+
     /// Reads the description out of the control segment.
     pub(crate) fn read(control: OwnedFd, bytes: usize) -> Result<(Self, Segment), Error> {
         let control = Segment::adopt(control, bytes)?;

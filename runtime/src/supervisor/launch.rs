@@ -227,6 +227,9 @@ impl Launch {
         let is_lazy = chosen.is_some() && can_load_lazily();
         let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
         let outputs = Outputs::claim(&plan, chosen.is_some())?;
+        if let Some(chosen) = &chosen {
+            Outputs::go_on(&plan, chosen)?;
+        }
         if let (Some(store), None) = (&store, &chosen) {
             let reset = store.ask(move |store| store.reset(job_id))?;
             reset.map_err(|error| Error::Checkpoint(error.to_string()))?;

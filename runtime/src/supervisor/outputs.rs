@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "flock; an inherited descriptor")]
 
+use super::resume::Resumed;
 use crate::error::Error;
 use crate::plan::{Output, Plan};
 use std::fs::{File, OpenOptions};
@@ -58,6 +59,48 @@ impl Outputs {
         }
         Ok(Self { _locks: locks })
     }
+}
+
+impl Outputs {
+    /// The job goes on, with other numbers of subtasks perhaps. Parts of subtasks that there are no
+    /// more end where the checkpoint knows them; parts of new ones begin. (Those that go on are cut
+    /// back by the workers that write them.)
+    pub(crate) fn go_on(plan: &Plan, resumed: &Resumed) -> Result<(), Error> {
+        for (output, stage) in &plan.outputs {
+            let Some(extension) = &output.parts else { continue };
+            let was = resumed.restore.stages.get(*stage).copied().unwrap_or(0);
+            let count = plan.stages[*stage].workers.len();
+            let part = |subtask| output.path.join(part_name(subtask, extension));
+            for subtask in was..count {
+                begin(&part(subtask), output.header.as_deref())?;
+            }
+            for subtask in count..was {
+                let path = part(subtask);
+                let Some(end) = resumed.position(plan, *stage, subtask) else { continue };
+                let file = OpenOptions::new().write(true).open(&path);
+                let file = file.map_err(|error| refuse(&path, &error))?;
+                let found = file.metadata().map_err(|error| refuse(&path, &error))?.len();
+                if found < end {
+                    return Err(Error::Checkpoint(format!(
+                        "output {} has {found} bytes where {end} were written: \
+                         it was changed from outside; begin the job again without --resume",
+                        path.display()
+                    )));
+                }
+                file.set_len(end).map_err(|error| refuse(&path, &error))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes an empty output with its header.
+fn begin(path: &Path, header: Option<&str>) -> Result<(), Error> {
+    let mut file = File::create(path).map_err(|error| refuse(path, &error))?;
+    if let Some(header) = header {
+        writeln!(file, "{header}").map_err(|error| refuse(path, &error))?;
+    }
+    Ok(())
 }
 
 /// An output that is also an input would be emptied before it is read.
@@ -122,10 +165,7 @@ fn empty(output: &Output, parts: usize, is_regular: bool) -> Result<(), Error> {
         if output.parts.is_none() && !is_regular {
             continue;
         }
-        let mut file = File::create(&path).map_err(|error| refuse(&path, &error))?;
-        if let Some(header) = &output.header {
-            writeln!(file, "{header}").map_err(|error| refuse(&path, &error))?;
-        }
+        begin(&path, output.header.as_deref())?;
     }
     Ok(())
 }

@@ -12,10 +12,12 @@ use crate::checkpoint::notes::{Notes, Part};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::{Grouping, Plan};
+use crate::worker::reshape::worker_of;
 use crate::worker::restore::{OldWorker, Restore};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use testudo_shm::hash::name_hash;
 use testudo_state::checkpoint::{Manifest, ManifestName, Store, StoreError};
 
 /// What a worker of the earlier run has left.
@@ -176,6 +178,18 @@ impl Chosen {
             parts: deal_parts(&old, plan, same_shape),
         };
         Ok(Resumed { restore, old })
+    }
+}
+
+impl Resumed {
+    /// How far a subtask's sink had written: the first eight bytes of its position.
+    pub(crate) fn position(&self, plan: &Plan, stage: usize, subtask: usize) -> Option<u64> {
+        let sinks = plan.operators.iter();
+        let sink = sinks.filter(|operator| operator.stage == stage).find(|o| o.kind == "sink")?;
+        let worker = worker_of(plan, &self.restore.stages, self.old.len(), stage, subtask);
+        let old = self.old.iter().find(|old| old.worker == worker)?;
+        let cell = old.cells.get(&name_hash(&format!("{}/position", sink.uid())))?;
+        Some(u64::from_le_bytes(cell.get(..8)?.try_into().ok()?))
     }
 }
 

@@ -46,6 +46,33 @@ impl<A: Record> SliceStore<A> {
         Self { table, open, scratch: Scratch::default(), name: name.into() }
     }
 
+    /// Merges what another table has by slice.
+    pub(crate) fn merge_all(
+        &mut self,
+        cx: &mut Cx,
+        other: &Table<i64, A>,
+        merge: &impl Fn(&mut A, &A),
+    ) {
+        let mut found = Vec::new();
+        let mut cursor = Some(0);
+        while let Some(at) = cursor {
+            cursor = other.scan(0, at, 1024, |_, slice, value| {
+                found.push((*slice.view, <A as Record>::to_owned(value.view)));
+                ControlFlow::Continue(())
+            });
+        }
+        for (slice, value) in found {
+            let merged = match self.get(slice) {
+                None => value,
+                Some(mut old) => {
+                    merge(&mut old, &value);
+                    old
+                }
+            };
+            self.set(cx, slice, &merged);
+        }
+    }
+
     fn get(&mut self, slice: i64) -> Option<A> {
         let key = slice.item(&mut self.scratch);
         self.table.get(KeyHash::of(key), key).map(|value| <A as Record>::to_owned(value.view))

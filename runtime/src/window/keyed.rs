@@ -43,6 +43,32 @@ pub struct FireCells {
     pub(crate) cursor: Place<FireCursor>,
 }
 
+/// How far a key group had fired with an earlier owner: all windows up to `upto`, and of the one
+/// that ends at `end` what lies before a slot of a slice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fired {
+    pub(crate) upto: i64,
+    pub(crate) end: i64,
+    pub(crate) slice: i64,
+    pub(crate) slot: i64,
+}
+
+impl Default for Fired {
+    fn default() -> Self {
+        Self { upto: i64::MIN, end: i64::MIN, slice: 0, slot: 0 }
+    }
+}
+
+impl Fired {
+    pub(crate) fn words(self) -> FireCursor {
+        [self.upto, self.end, self.slice, self.slot]
+    }
+
+    pub(crate) fn of([upto, end, slice, slot]: FireCursor) -> Self {
+        Self { upto, end, slice, slot }
+    }
+}
+
 pub struct KeyedWindow<T: Record, K: Record, A: Record, U: Record, X: KeyedFns<T, K, A, U>, N, M> {
     pub(crate) keyed: KeyedParts<K, Rc<X::Key>>,
     pub(crate) groups: Groups,
@@ -50,6 +76,8 @@ pub struct KeyedWindow<T: Record, K: Record, A: Record, U: Record, X: KeyedFns<T
     pub(crate) window: Window,
     pub(crate) fns: X,
     pub(crate) cells: FireCells,
+    /// By key group; empty unless owners have changed since.
+    pub(crate) before: Vec<Fired>,
     /// The slice that was last found not to be late under the present watermark: [from, to).
     pub(crate) good: (i64, i64),
     /// Where the values of a run lie, while it is folded.
@@ -235,19 +263,24 @@ where
         let slices: Vec<i64> =
             self.slices.ids().filter(|id| bounds.start <= *id && *id < bounds.end).collect();
         let cursor = cx.txn.get(self.cells.cursor);
-        let (mut group, mut slice, mut slot) =
-            if cursor[0] == end { (cursor[1], cursor[2], cursor[3]) } else { (0, 0, 0) };
+        let (mut group, mut slice, mut slot) = match cursor[0] == end {
+            true => (cursor[1], cursor[2], cursor[3]),
+            false => self.first_of(0, end),
+        };
         let mut left = room;
         while left > 0 && (group as u32) < self.groups.groups() {
-            let Some(id) = slices.get(slice as usize) else {
-                (group, slice, slot) = (group + 1, 0, 0);
+            let Some(id) = slices.iter().copied().find(|id| *id >= slice) else {
+                (group, slice, slot) = self.first_of(group + 1, end);
                 continue;
             };
+            if id > slice {
+                (slice, slot) = (id, 0);
+            }
             let after =
-                self.fire_run(cx, bounds, &slices, *id, (group as u32, slot as u64), &mut left);
+                self.fire_run(cx, bounds, &slices, id, (group as u32, slot as u64), &mut left);
             match after {
                 Some(at) => slot = at as i64,
-                None => (slice, slot) = (slice + 1, 0),
+                None => (slice, slot) = (id + 1, 0),
             }
         }
         self.next.end_batch(cx);
@@ -257,6 +290,19 @@ where
             self.finish(cx, end, &slices);
         }
         true
+    }
+
+    /// Where firing a window begins from a group on: group, slice and slot. Groups that had fired it
+    /// with an earlier owner are passed over.
+    fn first_of(&self, group: i64, end: i64) -> (i64, i64, i64) {
+        let mut group = group;
+        while self.before.get(group as usize).is_some_and(|before| before.upto >= end) {
+            group += 1;
+        }
+        match self.before.get(group as usize) {
+            Some(before) if before.end == end => (group, before.slice, before.slot),
+            _ => (group, i64::MIN, 0),
+        }
     }
 
     /// Emits entries of slice `id` from a slot cursor on; each key once, at the first slice that

@@ -104,6 +104,8 @@ pub struct Attach {
     pub(crate) restored: Option<Restored>,
     /// This process brings it back first.
     pub(crate) is_first: bool,
+    /// Parts of sources by source and subtask, where the job goes on from a checkpoint.
+    pub(crate) dealt: Vec<(String, Vec<Vec<Part>>)>,
     /// Descriptors of the group segments, by arena offset: they tell which pages are there.
     pub(crate) files: Vec<(usize, OwnedFd)>,
 }
@@ -187,6 +189,7 @@ impl Attach {
             parts: Vec::new(),
             restored: None,
             is_first: false,
+            dealt: description.dealt(),
             files,
         };
         let resuming = attach.resume(description)?;
@@ -376,7 +379,9 @@ impl Attach {
         name: &str,
         initial: T,
     ) -> Result<Place<T>, Error> {
-        let name = format!("{}/{name}", self.plan.operators[operator].uid());
+        let spec = &self.plan.operators[operator];
+        let (stage, name) = (spec.stage, format!("{}/{name}", spec.uid()));
+        let initial = self.inherited(stage, &name, initial);
         self.named_cell(&name, initial)
     }
 
@@ -442,7 +447,10 @@ impl Attach {
             spills,
             route,
             is_open: false,
-            watermark: self.named_cell(&format!("{name}/watermark"), i64::MIN)?,
+            watermark: match plan.edges[edge].from {
+                Some(stage) => self.watermark_cell(stage, &format!("{name}/watermark"))?,
+                None => self.named_cell(&format!("{name}/watermark"), i64::MIN)?,
+            },
             ended: self.named_cell(&format!("{name}/ended"), 0u64)?,
             dropped: self.edge_counter(edge, CounterKind::Dropped),
             name: format!("exchange to {}", edge_target(&plan, edge)),
@@ -720,6 +728,18 @@ pub(crate) fn put_pages(arena: &Arena, at: usize, bytes: &[u8]) {
     // SAFETY: the loader's targets are segments that `map_segments` has mapped writable for this
     // worker, and nothing has been opened in them yet.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), arena.at(at), bytes.len()) };
+}
+
+/// Takes a group that lies in private memory, to look at what is in it.
+pub(crate) fn attach_private(
+    groups: &Groups,
+    txn: &mut Txn,
+    at: usize,
+    bytes: usize,
+) -> Result<(), testudo_state::StateError> {
+    // SAFETY: the caller's transaction is over private memory that has these bytes behind its log,
+    // and outlives the groups.
+    unsafe { groups.attach(txn, 0, txn.base().add(at), bytes) }
 }
 
 fn attach_txn(arena: &'static Arena, log: usize) -> Txn {

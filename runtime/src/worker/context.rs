@@ -107,6 +107,9 @@ pub struct Cx {
     pub(crate) draining: bool,
     /// Archived records are validated when taken.
     pub(crate) validate: bool,
+    /// The part of its source that the running stage reads, and which parts have ended.
+    pub(crate) part: usize,
+    pub(crate) ended_parts: Vec<bool>,
     /// The files that this worker's sinks write to.
     pub(crate) outputs: Vec<SharedFile>,
     /// Latest watermark that an event-time operator or an inlet noted: for people, not for
@@ -124,11 +127,20 @@ impl Cx {
             failure: None,
             now_ns: 0,
             draining: false,
+            part: 0,
+            ended_parts: Vec::new(),
             outputs: Vec::new(),
             validate,
             watermark: 0,
             scratch: Vec::new(),
         }
+    }
+
+    /// Whether more may come of a part of the running stage's source. A stage without one has a
+    /// single part that never ends.
+    #[inline]
+    pub(crate) fn is_part_open(&self, part: usize) -> bool {
+        self.ended_parts.get(part) != Some(&true)
     }
 
     /// A buffer to encode into; given back with `give_scratch`.

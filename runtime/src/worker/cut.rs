@@ -299,7 +299,11 @@ impl Cutter {
             spills,
             parts: self.plan.parts.clone(),
         };
-        self.saver.begin(&self.plan.folder.join(writer.name()), outputs(cx));
+        let first = self.plan.held.iter().find(|held| held.key.kind != notes::SPILL);
+        let first = first.map_or(u64::MAX, |held| held.at / BLOCK as u64);
+        let least = cx.txn.with_tracker(|tracker| tracker.taken_from(first)).unwrap_or(0) as u64;
+        let path = self.plan.folder.join(writer.name());
+        self.saver.begin(&path, (least + 1) * BLOCK as u64, outputs(cx));
         self.add_header(&writer);
         let index_at = (taken.unwrap_or(0) as u64 + 1) * BLOCK as u64;
         let (name, bytes) = (writer.name(), 0);

@@ -20,7 +20,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use testudo_shm::consumer::{Consumer, Frame};
 use testudo_shm::frame::{self, Kind};
-use testudo_shm::hash::name_hash;
 use testudo_shm::record::{Batch, Item, Record};
 use testudo_shm::zerocopy::IntoBytes;
 use testudo_state::checkpoint::{Chain, FileRef, SegmentKey, checksum};
@@ -193,7 +192,7 @@ impl Restored {
     }
 
     /// Bytes [begin, end) of a segment.
-    fn segment_bytes(
+    pub(crate) fn segment_bytes(
         &mut self,
         old: usize,
         key: &SegmentKey,
@@ -223,18 +222,6 @@ impl Restored {
         }
         let skip = (begin % block) as usize;
         Ok(bytes[skip..skip + (end - begin) as usize].to_vec())
-    }
-
-    /// The cell of an operator of an old subtask.
-    pub(crate) fn cell(&self, worker: usize, name: &str) -> Option<&[u8]> {
-        let old = self.old.iter().find(|old| old.worker == worker)?;
-        old.cells.get(&name_hash(name)).map(Vec::as_slice)
-    }
-
-    /// The same cell of all old workers that had it.
-    pub(crate) fn all_cells(&self, name: &str) -> impl Iterator<Item = &[u8]> {
-        let hash = name_hash(name);
-        self.old.iter().filter_map(move |old| old.cells.get(&hash).map(Vec::as_slice))
     }
 }
 

@@ -34,6 +34,8 @@ pub(crate) struct Saver {
 struct Open {
     path: PathBuf,
     id: Option<FileId>,
+    /// Bytes to reserve once the file is there: writes that lengthen a file are slow.
+    reserve: u64,
     /// Buffers that are full and whose writes have not completed.
     writes: usize,
     filling: Option<(Buffer, usize)>,
@@ -76,19 +78,22 @@ impl std::fmt::Debug for Saver {
 
 impl Saver {
     /// A saver that writes at most so many bytes a second.
-    pub(crate) fn new(mut disk: Box<dyn Disk>, bytes_per_s: Option<u64>) -> Self {
+    pub(crate) fn new(disk: Box<dyn Disk>, bytes_per_s: Option<u64>) -> Self {
+        // Not registered with the kernel: a few workers' pools are more than the usual limit of
+        // locked memory, and it gained nothing that could be measured.
         let pool = Pool::new(STAGING_BYTES);
-        disk.register(&pool);
         let nanos_per_byte = bytes_per_s.map_or(0.0, |bytes| 1e9 / bytes as f64);
         Self { disk, pool, nanos_per_byte, next_ns: 0.0, file: None, done: Vec::new() }
     }
 
-    /// Begins a file; the last one must be over. `outputs` are synced along with it.
-    pub(crate) fn begin(&mut self, path: &Path, outputs: Vec<OwnedFd>) {
+    /// Begins a file that will have at least so many bytes; the last one must be over. `outputs` are
+    /// synced along with it.
+    pub(crate) fn begin(&mut self, path: &Path, bytes: u64, outputs: Vec<OwnedFd>) {
         debug_assert!(self.file.is_none());
         let mut file = Open {
             path: path.into(),
             id: None,
+            reserve: bytes,
             writes: 0,
             filling: None,
             bytes: 0,
@@ -134,11 +139,6 @@ impl Saver {
         }
     }
 
-    /// Bytes given out so far.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.file.as_ref().map_or(0, |file| file.bytes)
-    }
-
     /// All blocks were added.
     pub(crate) fn complete(&mut self) {
         if let Some(file) = &mut self.file {
@@ -167,6 +167,11 @@ impl Saver {
         let file = self.file.as_mut()?;
         if file.failed.is_some() {
             file.drop_rest();
+        }
+        if let (Some(id), 1..) = (file.id, file.reserve) {
+            // Without effect where it is refused for lack of a slot: writes work as well.
+            let bytes = std::mem::take(&mut file.reserve);
+            let _ = self.disk.submit(Op::Reserve { file: id, bytes });
         }
         while let Some(id) = file.id {
             if self.next_ns > now_ns as f64 {
