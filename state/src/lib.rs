@@ -35,6 +35,10 @@ pub mod slice;
 
 pub mod timer;
 
+pub mod disk;
+
+pub mod checkpoint;
+
 pub use error::StateError;
 pub use group::Groups;
 pub use key::{GROUPS_DEFAULT, KeyHash, group_of};
