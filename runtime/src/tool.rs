@@ -7,9 +7,14 @@
 //! testudo checkpoint JOB every 5s | at "0 * * * *" | never
 //! testudo checkpoint JOB history                 what became of the latest ones
 //! testudo savepoint JOB                          one that survives a change of plan
+//! testudo checkpoint list DIR                    the checkpoints in a folder
+//! testudo checkpoint show DIR [ID]               one of them, in full
+//! testudo checkpoint verify DIR                  reads and compares every byte that counts
+//! testudo inspect segment|manifest|root|region FILE
 //! ```
 //!
-//! All take `--json`: one JSON object on a line, for each job or answer.
+//! All take `--json`: one JSON object on a line, for each job, answer or thing found. Commands on
+//! files need no running job and disturb none: they take no lock and write nothing.
 //!
 //! `list`, `show` and `verify` after `testudo checkpoint` are commands about files, not names of
 //! jobs; a job of such a name is meant by `testudo checkpoint -- list now`.
@@ -17,7 +22,7 @@
 //! | exit code | meaning |
 //! |---|---|
 //! | 0 | done |
-//! | 1 | the job refused, or the checkpoint failed |
+//! | 1 | the job refused, the checkpoint failed, or what was looked at is damaged |
 //! | 2 | bad command line |
 //! | 3 | no such job is running |
 //! | 4 | the machine refused something: a socket, a file, the output |
@@ -26,6 +31,10 @@
 //! code is the same.
 //!
 //! Called by `bin/testudo.rs`.
+
+mod files;
+
+mod inspect;
 
 mod jobs;
 
@@ -36,12 +45,15 @@ use crate::control::client::Failure;
 use crate::control::protocol::{Order, Request};
 use clap::{Parser, Subcommand, ValueEnum};
 use std::io::{self, ErrorKind, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
+use testudo_state::checkpoint::Damage;
+use testudo_state::disk::{self, Disk, DiskKind, Pool};
 
-/// Looks at running Testudo jobs and steers their checkpoints
+/// Looks at running Testudo jobs, steers their checkpoints, and reads what they leave
 ///
-/// Exit codes: 0 done, 1 the job refused or the checkpoint failed, 2 bad command line, 3 no such job
-/// is running, 4 the machine refused something.
+/// Exit codes: 0 done, 1 the job refused, the checkpoint failed or something is damaged, 2 bad
+/// command line, 3 no such job is running, 4 the machine refused something.
 #[derive(Debug, Parser)]
 #[command(name = "testudo", version)]
 struct Cli {
@@ -72,15 +84,28 @@ enum Command {
         /// The job's name
         job: String,
     },
+    /// Show what is in one file
+    Inspect {
+        /// What it is
+        #[arg(value_enum)]
+        what: inspect::What,
+        /// The file; for a segment of a running job `/proc/PID/fd/N`, where `ls -l /proc/PID/fd`
+        /// shows the names of segments
+        file: PathBuf,
+    },
 }
 
 #[derive(Debug, clap::Args)]
+#[command(subcommand_negates_reqs = true)]
 struct CheckpointArgs {
+    #[command(subcommand)]
+    files: Option<files::Command>,
     /// The job's name
-    job: String,
+    #[arg(required = true)]
+    job: Option<String>,
     /// What to do
-    #[arg(value_enum)]
-    order: OrderName,
+    #[arg(value_enum, required = true)]
+    order: Option<OrderName>,
     /// For `every`: a time such as 200ms, 5s, 5m. For `at`: a clock pattern in UTC, minute, hour,
     /// day, month and day of the week, such as "0 * * * *" for each full hour
     when: Option<String>,
@@ -101,9 +126,12 @@ enum OrderName {
 }
 
 impl CheckpointArgs {
-    /// The request that this means.
-    fn request(&self) -> Result<Request, Ended> {
-        let order = match (self.order, self.when.as_deref()) {
+    /// The job and the request that this means.
+    fn request(&self) -> Result<(&str, Request), Ended> {
+        let (Some(job), Some(order)) = (&self.job, self.order) else {
+            return Err(Ended::usage("which job, and what is it to do?"));
+        };
+        let order = match (order, self.when.as_deref()) {
             (OrderName::Now, None) => Order::Now,
             (OrderName::History, None) => Order::History,
             (OrderName::Never, None) => Order::Schedule(Schedule::Never),
@@ -122,7 +150,7 @@ impl CheckpointArgs {
             }
             (_, Some(when)) => return Err(Ended::usage(format!("{when:?} is one word too many"))),
         };
-        Ok(Request::Checkpoint { order })
+        Ok((job, Request::Checkpoint { order }))
     }
 }
 
@@ -134,7 +162,7 @@ struct Ended {
 }
 
 impl Ended {
-    /// The job refused.
+    /// The job refused, or something is not as it should be.
     fn refused(message: impl Into<String>) -> Self {
         Self { code: 1, message: message.into() }
     }
@@ -153,6 +181,23 @@ impl From<Failure> for Ended {
         let code = if matches!(failure, Failure::NoJob { .. }) { 3 } else { 4 };
         Self { code, message: failure.to_string() }
     }
+}
+
+impl From<Damage> for Ended {
+    fn from(damage: Damage) -> Self {
+        Self::refused(damage.to_string())
+    }
+}
+
+/// Buffers for reading files.
+const STAGING_BYTES: usize = 4 << 20;
+
+/// A disk to read files with, and its buffers.
+fn disk() -> Result<(Box<dyn Disk>, Pool), Ended> {
+    // Whether it is io_uring makes no difference that a tool would have to tell.
+    let (disk, _) =
+        disk::open(DiskKind::Auto).map_err(|error| Ended::machine(error.to_string()))?;
+    Ok((disk, Pool::new(STAGING_BYTES)))
 }
 
 /// The output, until nobody reads it any more.
@@ -205,11 +250,18 @@ fn run(command: Command, out: &mut Out) -> Result<(), Ended> {
     match command {
         Command::List => jobs::list(out),
         Command::Status { job } => jobs::ask(out, &job, &Request::Status),
-        Command::Checkpoint(args) => {
-            let request = args.request()?;
-            jobs::ask(out, &args.job, &request)
-        }
+        Command::Checkpoint(args) => match (&args.files, &args.job) {
+            (None, _) => {
+                let (job, request) = args.request()?;
+                jobs::ask(out, job, &request)
+            }
+            (Some(command), None) => files::run(out, command),
+            (Some(_), Some(job)) => {
+                Err(Ended::usage(format!("a command about files takes no job ({job:?})")))
+            }
+        },
         Command::Savepoint { job } => jobs::ask(out, &job, &Request::Savepoint),
+        Command::Inspect { what, file } => inspect::run(out, what, &file),
     }
 }
 
@@ -220,7 +272,9 @@ mod tests {
     fn request(words: &[&str]) -> Result<Request, String> {
         let words = ["testudo", "checkpoint"].iter().chain(words);
         match Cli::try_parse_from(words).map_err(|error| error.to_string())?.command {
-            Command::Checkpoint(args) => args.request().map_err(|ended| ended.message),
+            Command::Checkpoint(args) => {
+                args.request().map(|asked| asked.1).map_err(|ended| ended.message)
+            }
             other => Err(format!("{other:?}")),
         }
     }

@@ -1,6 +1,6 @@
 //! The tool's answers for people: aligned columns and a few lines.
 //!
-//! Called by `jobs`.
+//! Called by `jobs`, `files` and `inspect`.
 
 use super::jobs::{Answer, Listed};
 use crate::checkpoint::history::{Record, State};
@@ -141,7 +141,7 @@ fn history(records: &[Record]) -> String {
 }
 
 /// Rows with aligned columns; the last column is as wide as it likes.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
+pub(super) fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
@@ -177,7 +177,7 @@ fn micros(us: u64) -> String {
     }
 }
 
-fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     match units.iter().find(|(shift, _)| bytes >> shift > 0) {
         Some((shift, unit)) => format!("{:.1} {unit}", bytes as f64 / (1u64 << shift) as f64),
