@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::tool::{said, tool, tool_command};
 use common::{Jobs, PATIENCE, folder, trials, wait_for};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,7 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Output, Stdio};
+use std::process::ExitCode;
 use std::thread::JoinHandle;
 use testudo::checkpoint::history::{Kind, Measure, Record, State};
 use testudo::checkpoint::schedule::Schedule;
@@ -537,23 +538,6 @@ fn an_answer_that_is_none_is_an_error() {
         }
         server.join().expect("no panic");
     }
-}
-
-/// Runs the tool, which looks for jobs in this place alone.
-fn tool(at: &Path, words: &[&str]) -> Output {
-    tool_command(at, words).output().expect("the tool runs")
-}
-
-fn tool_command(at: &Path, words: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_testudo"));
-    command.args(words).env("XDG_RUNTIME_DIR", at).env("TMPDIR", at).stdin(Stdio::null());
-    command
-}
-
-/// What the tool said: its exit code, its output and its complaints.
-fn said(output: &Output) -> (i32, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("UTF-8");
-    (output.status.code().expect("no signal"), text(&output.stdout), text(&output.stderr))
 }
 
 fn the_tool_lists_jobs() {

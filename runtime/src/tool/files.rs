@@ -60,7 +60,7 @@ enum Standing {
     /// A resume begins here.
     Newest,
     /// A root names it: what a resume falls back to.
-    Older,
+    Named,
     /// Kept until it is removed by name.
     Kept,
     /// No root names it: it may go at any time.
@@ -71,7 +71,7 @@ impl Standing {
     fn text(self) -> &'static str {
         match self {
             Self::Newest => "newest",
-            Self::Older => "older",
+            Self::Named => "named",
             Self::Kept => "kept",
             Self::Unnamed => "unnamed",
         }
@@ -95,7 +95,7 @@ impl Folder {
             if newest.is_some_and(|newest| newest.name == text) {
                 Standing::Newest
             } else if named.iter().any(|candidate| candidate.name == text) {
-                Standing::Older
+                Standing::Named
             } else if name.savepoint {
                 Standing::Kept
             } else {

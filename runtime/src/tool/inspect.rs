@@ -2,8 +2,8 @@
 //! segment of a running job.
 //!
 //! Invariants: bytes of files are never believed: sizes are checked before anything is allocated,
-//! and what does not fit is said with its place. A segment is read, never mapped, and only its first
-//! page: words of a running job, each whole, not all of one moment (R23).
+//! and what does not fit is said with its place. A segment is read, never mapped, and only its
+//! first page: words of a running job, each whole, not all of one moment (R23).
 //!
 //! Called by `tool`.
 
@@ -104,7 +104,7 @@ fn root(out: &mut Out, path: &Path) -> Result<(), Ended> {
         }
     }
     if out.as_json {
-        out.json(&slots)?
+        slots.iter().try_for_each(|slot| out.json(slot))?
     } else {
         out.print(&text)?
     }

@@ -210,7 +210,8 @@ mod tests {
         let text = history(&[record]);
         let expected = "\
 ID  KIND      BEGUN                 TOOK     REGIONS      BYTES    OF       IN FLIGHT  PAUSE  STATE
-12  regional  1970-01-01T00:00:00Z  12.3 ms  3, 1 failed  1.5 KiB  5.0 GiB  7 B        20 µs  failed: region 2: late
+12  regional  1970-01-01T00:00:00Z  12.3 ms  3, 1 failed  1.5 KiB  5.0 GiB  7 B        20 µs  \
+        failed: region 2: late
 ";
         assert_eq!(text, expected);
     }
