@@ -242,7 +242,9 @@ pub trait Disk {
     fn kind(&self) -> &'static str;
 
     /// Tells the kernel once where the staging memory lies, so that each transfer costs less. False
-    /// when it was refused (a small limit of locked memory): transfers then work as before.
+    /// when it was refused (a small limit of locked memory): transfers then work as before. What is
+    /// registered counts for all processes of a user together, and an exhausted limit refuses the
+    /// next process its ring: worth it only where `ulimit -l` is far above the workers' pools.
     fn register(&mut self, _pool: &Pool) -> bool {
         false
     }

@@ -264,6 +264,27 @@ fn dropping_a_disk_waits_for_what_is_in_flight() {
 }
 
 #[test]
+fn polling_alone_completes_everything() {
+    each(|disk, pool, folder| {
+        let file = create(disk, &folder.join("file"));
+        for place in 0..8 {
+            let (at, buffer) = (place * BUFFER_BYTES as u64, filled(pool, place));
+            disk.submit(Op::Write { file, at, buffer, bytes: BUFFER_BYTES }).unwrap();
+        }
+        let mut done = Vec::new();
+        for _ in 0..60_000 {
+            disk.poll(&mut done);
+            if disk.in_flight() == 0 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(done.len(), 8);
+        now(disk, Op::Close { file }).unwrap();
+    });
+}
+
+#[test]
 fn registered_buffers_and_others_are_both_written() {
     let Ok(mut disk) = Uring::new(8) else { return };
     let (pool, stranger) = (Pool::new(4 * BUFFER_BYTES), Pool::new(BUFFER_BYTES));
@@ -271,7 +292,7 @@ fn registered_buffers_and_others_are_both_written() {
     let path = folder.path().join("file");
     eprintln!("registered: {}", disk.register(&pool));
     let file = create(&mut disk, &path);
-    for (place, pool) in [&pool, &stranger].into_iter().enumerate() {
+    for (place, pool) in [&stranger, &pool].into_iter().enumerate() {
         let (at, buffer) = (place as u64 * BUFFER_BYTES as u64, filled(pool, place as u64));
         disk.submit(Op::Write { file, at, buffer, bytes: BUFFER_BYTES }).unwrap();
     }
@@ -582,6 +603,22 @@ fn an_unsynced_write_is_kept_lost_or_torn_at_a_sector() {
     }
     now(&mut disk, Op::Sync { file }).unwrap();
     assert_eq!(contents(&disk, &at("roots")), BTreeSet::from([torn(2, 2)]));
+}
+
+#[test]
+fn a_file_may_have_grown_without_its_bytes() {
+    let (mut disk, pool) = (Memory::new(), Pool::new(BUFFER_BYTES));
+    let file = create(&mut disk, &at("file"));
+    now(&mut disk, Op::SyncDir { path: FOLDER.into() }).unwrap();
+    disk::write_at(&mut disk, &pool, file, 0, &[1; BLOCK]).unwrap();
+    let left = contents(&disk, &at("file"));
+    for possible in [vec![], vec![0; BLOCK], vec![1; SECTOR], vec![1; BLOCK]] {
+        assert!(left.contains(&Some(possible.clone())), "{} bytes", possible.len());
+    }
+    now(&mut disk, Op::Reserve { file, bytes: 2 * BLOCK as u64 }).unwrap();
+    now(&mut disk, Op::Sync { file }).unwrap();
+    let synced = [[1; BLOCK], [0; BLOCK]].concat();
+    assert_eq!(contents(&disk, &at("file")), BTreeSet::from([Some(synced)]));
 }
 
 #[test]

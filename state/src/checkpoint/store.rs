@@ -189,7 +189,7 @@ impl Store {
         // The folder's own name must survive as well.
         let real = folder.canonicalize().map_err(failed)?;
         let lock = FolderLock::take(folder)?;
-        let mut store = Self::attach(folder, disk)?;
+        let mut store = Self::attach(folder, disk, Pool::new(BUFFERS * BUFFER_BYTES))?;
         if let Some(parent) = real.parent() {
             store.run(&real, Op::SyncDir { path: parent.to_owned() })?;
         }
@@ -197,14 +197,15 @@ impl Store {
         Ok(store)
     }
 
-    /// Opens a folder that is there and that the caller keeps others out of.
+    /// Opens a folder that is there and that the caller keeps others out of. `pool` is what the
+    /// store stages with.
     ///
     /// # Errors
     /// If it cannot be read and written, or has manifests but no roots.
-    pub fn attach(folder: &Path, disk: Box<dyn Disk>) -> Result<Self, StoreError> {
+    pub fn attach(folder: &Path, disk: Box<dyn Disk>, pool: Pool) -> Result<Self, StoreError> {
         let mut store = Self {
             disk,
-            pool: Pool::new(BUFFERS * BUFFER_BYTES),
+            pool,
             folder: folder.to_owned(),
             slots: Vec::new(),
             base: None,
