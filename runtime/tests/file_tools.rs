@@ -12,8 +12,8 @@ use std::process::ExitCode;
 use testudo::prelude::*;
 use testudo::serde_json::Value;
 use testudo::state::checkpoint::{
-    FileRef, Kind, Manifest, Operator, Outcome, Region, RegionHeader, RegionWriter, SegmentEntry,
-    Store, WorkerFile, region,
+    FileRef, Keep, Kind, Manifest, Operator, Outcome, Region, RegionHeader, RegionWriter,
+    SegmentEntry, Store, WorkerFile, region,
 };
 use testudo::state::disk::{self, BLOCK, DiskKind, Op, run_now};
 
@@ -28,6 +28,8 @@ fn main() -> ExitCode {
             the_newest_checkpoint_is_shown,
             a_whole_folder_is_verified,
             every_changed_byte_is_found,
+            a_folder_at_work_is_whole,
+            a_missing_file_is_found,
             a_folder_without_checkpoints_has_none,
             what_is_no_folder_is_refused,
             single_files_are_shown,
@@ -68,8 +70,9 @@ fn save(store: &mut Store, worker: u32, epoch: u64, older: &[FileRef]) -> FileRe
     older.iter().for_each(|file| writer.add_file(file.clone()));
     let mut blocks = vec![writer.header_block()];
     for page in 0..3 {
-        let block = [worker as u8 + 10 * epoch as u8 + page as u8 + 1; BLOCK];
-        writer.add_block(0, page + epoch as u32, &block);
+        let value = u64::from(worker) + 10 * epoch + u64::from(page) + 1;
+        let block = [(value % 251) as u8; BLOCK];
+        writer.add_block(0, (page + epoch as u32) % 8, &block);
         blocks.push(block);
     }
     for number in 0..writer.add_blob("cells", b"positions of everything").len() {
@@ -201,6 +204,50 @@ fn every_changed_byte_is_found() {
         assert!(err.contains("damaged"), "{err}");
     }
     assert_eq!(said(&tool(at.path(), &["checkpoint", "verify", &text(&dir)])).0, 0);
+}
+
+fn a_folder_at_work_is_whole() {
+    let at = folder();
+    let dir = at.path().join("ck");
+    write_folder(&dir);
+    let (stop, stopped) = crossbeam::channel::bounded::<()>(0);
+    let job = std::thread::spawn({
+        let dir = dir.clone();
+        move || {
+            let (disk, _) = disk::open(DiskKind::Pwrite).expect("a disk");
+            let mut store = Store::open(&dir, disk).expect("a folder");
+            let mut epoch = 3;
+            while stopped.try_recv() == Err(crossbeam::channel::TryRecvError::Empty) {
+                let files = [save(&mut store, 0, epoch, &[]), save(&mut store, 1, epoch, &[])];
+                let mut manifest = manifest(epoch + 1, Kind::Checkpoint, &files);
+                manifest.regions.iter_mut().for_each(|region| region.epoch = epoch);
+                store.commit(&manifest).expect("room");
+                let keep = Keep { running_epoch: epoch + 1, held: &[] };
+                store.retire(&keep).expect("room");
+                epoch += 1;
+                // As often as a job may, not as often as a disk can.
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            epoch
+        }
+    });
+    for _ in 0..deep(300, 40) {
+        let (code, out, err) = said(&tool(at.path(), &["checkpoint", "verify", &text(&dir)]));
+        // Too fast for a busy machine is an answer; damage is none.
+        assert!(code == 0 || err.contains("faster than they can be read"), "{code}: {out}{err}");
+    }
+    drop(stop);
+    assert!(job.join().expect("it works on") > 5);
+    assert_eq!(said(&tool(at.path(), &["checkpoint", "verify", &text(&dir)])).0, 0);
+}
+
+fn a_missing_file_is_found() {
+    let at = folder();
+    let dir = at.path().join("ck");
+    write_folder(&dir);
+    fs::remove_file(dir.join("w1-e1-i1.region")).expect("it was there");
+    let (code, out, _) = said(&tool(at.path(), &["checkpoint", "verify", &text(&dir)]));
+    assert_eq!((code, out.contains("w1-e1-i1.region")), (1, true), "{out}");
 }
 
 fn a_folder_without_checkpoints_has_none() {
