@@ -36,11 +36,15 @@ pub mod worker;
 
 pub mod checkpoint;
 
+pub mod control;
+
 pub mod supervisor;
 
 pub mod metrics;
 
 pub mod testing;
+
+pub mod tool;
 
 pub use cli::{NoOptions, main, main_with};
 pub use error::Error;

@@ -278,6 +278,18 @@ impl Coordinator {
         self.states.get(region).and_then(|region| region.good)
     }
 
+    /// The lowest epoch of which any worker may still write: files of earlier ones that no
+    /// checkpoint has are garbage.
+    #[must_use]
+    pub fn running_epoch(&self) -> u64 {
+        let running = |region: &Region| match region.cut {
+            // Until it is sealed, what is there is not reached by any root.
+            Cut::Open { .. } | Cut::Good => region.epoch,
+            Cut::None | Cut::Waiting | Cut::Failed => region.epoch + 1,
+        };
+        self.states.iter().map(running).min().unwrap_or(0)
+    }
+
     /// When [`tick`](Self::tick) has something to do, in monotonic nanoseconds.
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {

@@ -358,6 +358,30 @@ fn in_a_global_checkpoint_the_second_cut_waits_for_the_successor() {
 }
 
 #[test]
+fn a_second_cut_waits_for_all_successors() {
+    let mut stage = Stage::new(2, 2, limits());
+    stage.begin(Kind::Global);
+    assert_eq!(stage.die(0).len(), 1);
+    assert_eq!(stage.die(1), []);
+    assert_eq!(stage.replace(0), []);
+    assert_eq!(stage.replace(1), [Action::BeginCut { region: 0, epoch: 2 }]);
+}
+
+#[test]
+fn files_of_epochs_that_may_still_be_written_are_no_garbage() {
+    let mut stage = Stage::new(2, 1, limits());
+    assert_eq!(stage.coordinator.running_epoch(), 1);
+    stage.begin(Kind::Global);
+    stage.ok(0);
+    stage.refuse(1);
+    // Region 1 is at its second epoch; region 0's snapshot of the first is not sealed.
+    assert_eq!(stage.coordinator.running_epoch(), 1);
+    stage.ok(1);
+    stage.seal();
+    assert_eq!(stage.coordinator.running_epoch(), 2);
+}
+
+#[test]
 fn a_successor_that_never_comes_is_late() {
     let mut stage = Stage::new(2, 1, limits());
     stage.die(0);
