@@ -23,6 +23,8 @@ pub(crate) mod checkpoint;
 
 pub(crate) mod resume;
 
+pub(crate) mod orders;
+
 pub(crate) mod console;
 
 pub(crate) mod progress;

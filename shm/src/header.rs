@@ -243,6 +243,8 @@ const _: () = {
 pub mod control {
     /// Sources stop, everything in flight is processed, then the job ends.
     pub const DRAIN: u64 = 1 << 63;
+    /// Sources do not read for the moment.
+    pub const PAUSE: u64 = 1 << 61;
     /// All workers are finished and may leave.
     pub const LEAVE: u64 = 1 << 62;
 }

@@ -271,7 +271,7 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> Stage for SourceStage<T, 
         if cx.txn.get(self.phase) == READING {
             if cx.draining || self.limit_is_reached(cx) {
                 cx.txn.set(self.phase, ENDED);
-            } else {
+            } else if !cx.pausing {
                 work += self.read(cx);
             }
         }

@@ -28,7 +28,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-use testudo_shm::header::{CutFailure, WorkerState};
+use testudo_shm::header::{CutFailure, WorkerState, control};
 use testudo_shm::primitive::Ordering;
 use testudo_state::checkpoint::manifest::MANIFEST_VERSION;
 use testudo_state::checkpoint::{
@@ -143,8 +143,23 @@ pub(crate) struct Checkpointer {
     resumed: Vec<FileRef>,
     begun_ms: u64,
     is_last: bool,
+    pausing: Option<Pausing>,
     said: Option<(String, u64)>,
 }
+
+/// Sources are stopped: since when, and how long nothing has moved.
+#[derive(Debug)]
+struct Pausing {
+    since_ns: u64,
+    still_ns: u64,
+    commits: u64,
+}
+
+/// Without a commit for so long, the rings are empty.
+const STILL_NS: u64 = 30_000_000;
+
+/// Sources are stopped for so long at most before a savepoint is taken as things are.
+const PAUSED_NS: u64 = 10_000_000_000;
 
 impl Checkpointer {
     /// Checkpoints of a job that is about to start.
@@ -194,6 +209,7 @@ impl Checkpointer {
                 .unwrap_or_default(),
             begun_ms: 0,
             is_last: false,
+            pausing: None,
             said: None,
         })
     }
@@ -452,7 +468,62 @@ impl Checkpointer {
         let due = self.timer.due_in(now).filter(|_| self.coordinator.open().is_none());
         let deadline = self.coordinator.deadline_ns();
         let deadline = deadline.map(|at| Duration::from_nanos(at.saturating_sub(now.monotonic_ns)));
-        due.into_iter().chain(deadline).min()
+        let still = self.pausing.as_ref().map(|_| Duration::from_millis(5));
+        due.into_iter().chain(deadline).chain(still).min()
+    }
+
+    /// Begins a checkpoint that was asked for; its number.
+    pub(crate) fn take(&mut self, kind: Kind, plan: &Plan, scene: &Scene) -> Result<u64, String> {
+        if self.is_last {
+            return Err("the job is coming to its end".into());
+        }
+        let now = now();
+        self.timer.begun(now);
+        self.begun_ms = u64::try_from(now.unix_ms).unwrap_or(0);
+        let (id, actions) = self.coordinator.begin(now, kind).map_err(|busy| busy.to_string())?;
+        self.carry_out(actions, plan, scene);
+        Ok(id)
+    }
+
+    /// Sources stop for a while, so that the rings run empty: a savepoint has nothing in flight,
+    /// and fits a job whose exchanges are others.
+    pub(crate) fn pause_sources(&mut self, scene: &Scene) {
+        scene.set_control(control::PAUSE);
+        self.pausing = Some(Pausing { since_ns: now_ns(), still_ns: now_ns(), commits: 0 });
+    }
+
+    /// Sources go on.
+    pub(crate) fn resume_sources(&mut self, scene: &Scene) {
+        scene.clear_control(control::PAUSE);
+        self.pausing = None;
+    }
+
+    /// Whether sources are stopped for a savepoint.
+    pub(crate) fn is_pausing(&self) -> bool {
+        self.pausing.is_some()
+    }
+
+    /// Whether nothing has moved for a while since sources were stopped, or they have been stopped
+    /// for long enough: what is then in flight belongs to the savepoint.
+    pub(crate) fn is_still(&mut self, scene: &Scene) -> bool {
+        let Some(pausing) = &mut self.pausing else { return false };
+        let now = now_ns();
+        let commits =
+            scene.workers.iter().map(|worker| worker.commits.load(Ordering::Acquire)).sum();
+        if commits != pausing.commits {
+            (pausing.commits, pausing.still_ns) = (commits, now);
+        }
+        now - pausing.still_ns > STILL_NS || now - pausing.since_ns > PAUSED_NS
+    }
+
+    /// When checkpoints are taken.
+    pub(crate) fn schedule(&self) -> &Schedule {
+        self.timer.schedule()
+    }
+
+    /// Milliseconds until the next one.
+    pub(crate) fn next_in_ms(&self) -> Option<u64> {
+        self.timer.due_in(now()).map(|due| u64::try_from(due.as_millis()).unwrap_or(u64::MAX))
     }
 
     /// When checkpoints are taken, from now on.

@@ -8,6 +8,7 @@
 use super::checkpoint::{Checkpointer, StoreThread};
 use super::console::Console;
 use super::description::{Description, SegmentFds};
+use super::orders::{Job as OrdersJob, Orders};
 use super::outputs::Outputs;
 use super::progress::Progress;
 use super::recover::Crew;
@@ -256,6 +257,7 @@ impl Launch {
         let begun = std::time::Instant::now();
         let crew = Crew::start(&plan, &self.settings, &stage, &watch, Spawner::new(), self.entry)?;
         started(View { workers: stage.workers.clone() });
+        let orders = Orders::open(&self.settings, events);
         let mut running = Play {
             plan: &plan,
             settings: &self.settings,
@@ -263,6 +265,7 @@ impl Launch {
             watch,
             crew,
             checkpointer,
+            orders,
         };
         let console = Console::start(&plan, &self.settings, &stage, events)?;
         let result = running.wait(events, &console);
@@ -477,6 +480,12 @@ impl Scene {
         self.wake_workers();
     }
 
+    /// Takes bits of the control word back.
+    pub(crate) fn clear_control(&self, bits: u64) {
+        self.control_header.control.fetch_and(!bits, Ordering::AcqRel);
+        self.wake_workers();
+    }
+
     /// Rings the supervisor's bell, for all sleepers.
     pub(crate) fn wake_workers(&self) {
         wait::ring_bell(&self.control_header.bell);
@@ -542,6 +551,7 @@ struct Play<'a> {
     watch: Watch,
     crew: Crew<'a>,
     checkpointer: Option<Checkpointer>,
+    orders: Orders,
 }
 
 /// Longest sleep of the supervisor's loop.
@@ -566,6 +576,14 @@ impl Play<'_> {
             if let Some(checkpointer) = &mut self.checkpointer {
                 checkpointer.look(self.plan, self.scene, &mut self.crew);
             }
+            let job = OrdersJob {
+                plan: self.plan,
+                settings: self.settings,
+                scene: self.scene,
+                events,
+                restarts: self.crew.restarts.len(),
+            };
+            self.orders.look(&job, self.checkpointer.as_mut());
             if self.crew.all_finished() && console.is_drained() && self.has_said_so(events) {
                 self.scene.set_control(control::LEAVE);
                 return Ok(());

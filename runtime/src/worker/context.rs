@@ -105,6 +105,8 @@ pub struct Cx {
     pub(crate) now_ns: u64,
     /// Sources stop: the job is being drained.
     pub(crate) draining: bool,
+    /// Sources do not read for the moment: a savepoint is about to be taken.
+    pub(crate) pausing: bool,
     /// Archived records are validated when taken.
     pub(crate) validate: bool,
     /// The part of its source that the running stage reads, and which parts have ended.
@@ -127,6 +129,7 @@ impl Cx {
             failure: None,
             now_ns: 0,
             draining: false,
+            pausing: false,
             part: 0,
             ended_parts: Vec::new(),
             outputs: Vec::new(),

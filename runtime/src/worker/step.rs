@@ -97,6 +97,7 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
     }
     let word = worker.control.control.load(Ordering::Acquire);
     cx.draining = word & control::DRAIN != 0;
+    cx.pausing = word & control::PAUSE != 0;
     cx.now_ns = now_ns();
     let mut work = 0;
     for stage in stages {
