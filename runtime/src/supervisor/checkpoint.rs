@@ -433,7 +433,7 @@ impl Checkpointer {
         if scene.workers.iter().all(|worker| is_restored(&worker)) {
             self.resumed.clear();
         }
-        let running_epoch = parts.iter().map(|part| part.epoch).min().unwrap_or(0);
+        let running_epoch = self.coordinator.running_epoch();
         let known = self.good.iter().chain(&self.acked).flatten();
         let mut held: Vec<FileRef> = known.map(|snapshot| snapshot.file.clone()).collect();
         held.extend(self.resumed.iter().cloned());
