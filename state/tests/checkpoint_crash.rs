@@ -128,8 +128,8 @@ fn long_story(seed: u64, pool: &Pool) -> u64 {
         counted = found;
         begun = None;
         memory.stop_before(memory.operations() + chance.below(250));
-        let mut id = job.store.next_id().unwrap().max(job.store.next_epoch().unwrap());
-        for _ in 0..6 {
+        let first = job.store.next_id().unwrap().max(job.store.next_epoch().unwrap());
+        for id in first..first + 6 {
             job.work(&mut chance);
             expected.insert(id, job.snapshot());
             let failing = chance.below(8) == 0;
@@ -152,9 +152,8 @@ fn long_story(seed: u64, pool: &Pool) -> u64 {
                 }
                 Err(_) => break,
             }
-            id += 1;
             if chance.below(3) == 0
-                && job.store.retire(&Keep { running_epoch: id, held: &[] }).is_err()
+                && job.store.retire(&Keep { running_epoch: id + 1, held: &[] }).is_err()
             {
                 break;
             }

@@ -10,7 +10,8 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use testudo_state::checkpoint::root::{ManifestRef, Root};
 use testudo_state::checkpoint::{
-    Chain, Damage, FileRef, Kind, Manifest, RegionName, RegionReader, checksum, store, verify,
+    Chain, Damage, FileRef, Kind, Manifest, RegionHeader, RegionName, RegionReader, RegionWriter,
+    checksum, store, verify,
 };
 use testudo_state::disk::{BLOCK, BUFFER_BYTES, Memory, Pool};
 
@@ -467,4 +468,50 @@ fn files_of_random_bytes_are_met_with_an_error_at_most() {
         let decoded = Manifest::decode(&files[name], name);
         assert!(decoded.is_err() || files[name] == decoded.unwrap().encode());
     }
+}
+
+#[test]
+fn a_page_far_away_and_a_blob_without_bytes_take_no_memory() {
+    let far = testudo_state::checkpoint::SegmentEntry {
+        bytes: u64::MAX,
+        ..checkpoint_common::segment(0, 1)
+    };
+    let header = RegionHeader { job: JOB, worker: 0, epoch: 1, incarnation: 1 };
+    let mut writer = RegionWriter::new(header);
+    writer.add_segment(far);
+    writer.add_block(0, u32::MAX, &[1; BLOCK]);
+    let (index, file) = writer.finish();
+    let (chain, taken) = most(|| {
+        let mut chain = Chain::empty();
+        chain.append(JOB, file, index).map(|()| chain)
+    });
+    assert!(chain.unwrap().find(0, u32::MAX).is_some());
+    assert!(taken < 64 << 10, "{taken}");
+
+    let (files, manifests) = small();
+    let file = manifests[2].files().next().unwrap();
+    let pool = pool();
+    let reader = RegionReader::open(&mut memory_of(&files), &pool, folder(), file).unwrap();
+    let (blocks, older) = (reader.index.blocks().len(), reader.index.files.len());
+    let blob = file.index_at as usize + 20 * blocks + 48 * 2 + 40 * older;
+    let blob_blocks = u64::from(u32::MAX) - blocks as u64;
+    let (changed, file) = changed_index(&files, file, blob + 8, blob_blocks * BLOCK as u64, 8);
+    let tail = file.bytes as usize - 64;
+    let (changed, file) = changed_index(&changed, &file, tail + 12, u64::from(u32::MAX), 4);
+    read_all(&changed, Some(&file), &pool, &|| "a blob of 16 TiB".into());
+}
+
+#[test]
+fn a_header_that_is_not_the_files_own_is_found() {
+    let (mut files, manifests) = small();
+    let pool = pool();
+    let file = manifests[2].files().next().unwrap().clone();
+    let renamed = FileRef { name: "w9-e3-i3.region".into(), ..file.clone() };
+    files.insert(renamed.name.clone(), files[&file.name].clone());
+    let opened = RegionReader::open(&mut memory_of(&files), &pool, folder(), &renamed);
+    assert!(opened.expect_err("another worker's").what.contains("in the place of another"));
+    let header = RegionHeader { job: JOB + 1, worker: 0, epoch: 3, incarnation: 3 };
+    files.get_mut(&file.name).unwrap()[..BLOCK].copy_from_slice(&header.encode());
+    let opened = RegionReader::open(&mut memory_of(&files), &pool, folder(), &file);
+    assert_eq!(opened.expect_err("another job's").at, 0);
 }
