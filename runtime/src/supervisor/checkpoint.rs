@@ -427,10 +427,8 @@ impl Checkpointer {
                 self.good[worker] = self.snapshot(worker, part.epoch).cloned();
             }
         }
-        let is_restored = |worker: &&testudo_shm::header::WorkerHeader| {
-            worker.restoring.load(Ordering::Acquire) == 0
-        };
-        if scene.workers.iter().all(|worker| is_restored(&worker)) {
+        let mut restoring = scene.workers.iter().map(|worker| &worker.restoring);
+        if restoring.all(|restoring| restoring.load(Ordering::Acquire) == 0) {
             self.resumed.clear();
         }
         let running_epoch = self.coordinator.running_epoch();

@@ -79,6 +79,8 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
                     eprintln!("testudo: {damage}");
                 }
                 if !damages.is_empty() {
+                    // A crash must not find the other one again when outputs are back here.
+                    store.adopt(&candidate.name).map_err(failed)?;
                     eprintln!("testudo: going on from checkpoint {} instead", manifest.id);
                 }
                 return Ok(Some(chosen));
@@ -116,8 +118,6 @@ fn open_named(store: &mut Store, name: &str) -> Result<Chosen, Error> {
             vec![path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())]
         }
     };
-    let (disk, pool) = store.disk();
-    drop((disk, pool));
     let folder = store.folder().to_owned();
     let found = names.iter().find(|name| folder.join(name).is_file());
     let Some(found) = found else {

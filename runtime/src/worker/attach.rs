@@ -110,6 +110,14 @@ pub struct Attach {
     pub(crate) files: Vec<(usize, OwnedFd)>,
 }
 
+/// What is mapped once a process has found its place.
+struct Mapped {
+    arena: &'static Arena,
+    own: &'static WorkerHeader,
+    control: &'static ControlHeader,
+    files: Vec<(usize, OwnedFd)>,
+}
+
 impl Attach {
     /// Attaches this process as the worker of its role and builds its stages.
     pub(crate) fn worker(
@@ -148,7 +156,8 @@ impl Attach {
         words.clear();
         // A successor would fail in the same way: the job ends, and these are the words that it
         // ends with.
-        Self::take_over(role, description, flow, plan, arena, own, control, files)
+        let mapped = Mapped { arena, own, control, files };
+        Self::take_over(role, description, flow, plan, mapped)
             .or_else(|error| step::give_up(own, words, &error))
     }
 
@@ -158,11 +167,9 @@ impl Attach {
         description: &Description,
         flow: &Flow,
         plan: Rc<Plan>,
-        arena: &'static Arena,
-        own: &'static WorkerHeader,
-        control: &'static ControlHeader,
-        files: Vec<(usize, OwnedFd)>,
+        mapped: Mapped,
     ) -> Result<(Worker, Vec<StageRef>), Error> {
+        let Mapped { arena, own, control, files } = mapped;
         let worker = role.worker;
         let segment = &plan.layout.segments[worker];
         let mut txn = attach_txn(arena, segment.at + segment.log);
