@@ -17,6 +17,8 @@ pub mod process;
 
 pub mod tally;
 
+pub mod trace;
+
 use libtest_mimic::{Arguments, Trial};
 use std::path::Path;
 use std::process::ExitCode;

@@ -77,6 +77,12 @@ pub fn ticks(pid: u32) -> Option<u64> {
     Some(next()? + next()?)
 }
 
+/// Nanoseconds that a process's first thread has spent on processors.
+pub fn cpu_ns(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+    text.split_whitespace().next()?.parse().ok()
+}
+
 /// The children of a process, by number.
 pub fn children(parent: u32) -> Vec<u32> {
     let all = std::fs::read_dir("/proc").expect("/proc can be listed").flatten();
@@ -143,6 +149,14 @@ pub fn signal_group(leader: u32, signal: i32) {
     assert_eq!(group, Some(leader as i32), "not the leader of a group of its own");
     // SAFETY: plain system call on a group whose leader is a child of ours that was not waited for.
     unsafe { libc::kill(-(leader as i32), signal) };
+}
+
+/// Asks the kernel to read no bytes to an address.
+pub fn read_nothing_to(address: u64) {
+    let null = std::fs::File::open("/dev/null").expect("it is always there");
+    let at = std::ptr::without_provenance_mut::<libc::c_void>(address as usize);
+    // SAFETY: nothing is read, so nothing is written.
+    unsafe { libc::read(null.as_raw_fd(), at, 0) };
 }
 
 /// Our own process group and session.
