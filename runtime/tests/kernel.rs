@@ -29,6 +29,9 @@ fn main() -> ExitCode {
 
 type Text = <String as Record>::View;
 
+/// Reads that must have been seen in each process.
+const READS: usize = 5;
+
 /// Input files: each is opened, measured and read on its own.
 const FILES: usize = 2000;
 
@@ -128,7 +131,7 @@ fn r4_no_system_call_is_given_a_segment_to_fill() {
     let first = watched.job.workers(2);
     let launcher = watched.job.pid();
     watched.watch_until("reads in all processes", |all| {
-        all.has_read(launcher, 20) && first.iter().all(|pid| all.has_read(*pid, 20))
+        all.has_read(launcher, READS) && first.iter().all(|pid| all.has_read(*pid, READS))
     });
     // A successor is watched from its first instruction: mapping, rolling back, opening again.
     let name = stat(first[0]).expect("a worker").name;
@@ -137,7 +140,7 @@ fn r4_no_system_call_is_given_a_segment_to_fill() {
     watched.watch_until("reads in a successor", |all| {
         let is_new = |pid: &u32| !first.contains(pid) && *pid != launcher;
         let is_successor = |pid: &u32| stat(*pid).is_some_and(|stat| stat.name == name);
-        all.reads.keys().any(|pid| is_new(pid) && all.has_read(*pid, 20) && is_successor(pid))
+        all.reads.keys().any(|pid| is_new(pid) && all.has_read(*pid, READS) && is_successor(pid))
     });
     let found = watched.end();
     assert!(found.is_empty(), "given a segment to fill: {found:?}");

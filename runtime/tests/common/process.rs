@@ -103,6 +103,23 @@ pub fn status_kib(pid: u32, name: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
+/// Signals that wait for a process, as a mask.
+pub fn pending_signals(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+/// The threads of a process, with their names.
+pub fn threads(pid: u32) -> Vec<(u32, String)> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let thread = |entry: std::fs::DirEntry| {
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        Some((entry.file_name().to_str()?.parse().ok()?, name.trim_end().to_owned()))
+    };
+    entries.filter_map(thread).collect()
+}
+
 /// Has a program killed when the thread that starts it ends: a test program that is killed leaves
 /// nothing behind.
 pub fn end_with_us(command: &mut std::process::Command) {
@@ -149,6 +166,15 @@ pub fn signal_group(leader: u32, signal: i32) {
     assert_eq!(group, Some(leader as i32), "not the leader of a group of its own");
     // SAFETY: plain system call on a group whose leader is a child of ours that was not waited for.
     unsafe { libc::kill(-(leader as i32), signal) };
+}
+
+/// Has a process refused to write beyond so many bytes of any file.
+pub fn limit_file_size(pid: u32, bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    let none = std::ptr::null_mut();
+    // SAFETY: limit is a valid place that is only read.
+    let done = unsafe { libc::prlimit(pid as i32, libc::RLIMIT_FSIZE, &raw const limit, none) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// Asks the kernel to read no bytes to an address.

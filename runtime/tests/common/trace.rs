@@ -72,7 +72,7 @@ impl Tracer {
             }
         }
         if !any {
-            std::thread::sleep(Duration::from_micros(50));
+            std::thread::sleep(Duration::from_micros(5));
         }
         !self.threads.is_empty()
     }
