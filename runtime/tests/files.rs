@@ -615,7 +615,7 @@ fn an_output_at_the_limit_of_file_sizes_is_an_error() {
     let written = fs::metadata(&case.output).expect("the output is there").len();
     for worker in workers {
         // Segments are larger, so the limit can only come once they are there.
-        common::process::limit_file_size(worker, written + 100_000);
+        common::process::limit_file_size(worker, written + 20_000);
     }
     let ended = job.wait();
     assert_eq!(ended.code, Some(1), "{}", ended.err);
