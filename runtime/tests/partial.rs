@@ -202,8 +202,8 @@ fn nobody_waits_with_texts_for_a_dead_worker() {
     assert!(dropped > 10_000 && dropped < report.records_in, "{dropped} dropped");
 }
 
-/// Each record becomes more than a ring holds.
-const FAN: u64 = 2000;
+/// Each record becomes some times what a ring holds.
+const FAN: u64 = 5000;
 
 fn spilling(flow: &Flow, folder: &str) {
     let folder = Path::new(folder);
@@ -217,15 +217,20 @@ fn spilling(flow: &Flow, folder: &str) {
 }
 
 fn a_spill_toward_a_dead_worker_holds_nobody_up() {
-    let job = Holdable::start(spilling, Settings { rate: Some(100), ..partial(2) });
-    assert!(job.worker_1().signal(libc::SIGSTOP));
-    // A stopped worker is no dead one: it is waited for, with its ring full and more in the spill.
-    job.wait_until_stuck();
-    job.hold_down();
-    job.wait_for_progress();
-    let (report, lines) = job.release();
-    let dropped = assert_conserved(&report, &lines, FAN * report.records_in);
-    assert!(dropped > 10_000 && dropped < FAN * report.records_in, "{dropped} dropped");
+    // A ring may be full to the byte just when the spill is empty: not each time.
+    for _ in 0..3 {
+        let job = Holdable::start(spilling, Settings { rate: Some(100), ..partial(2) });
+        assert!(job.worker_1().signal(libc::SIGSTOP));
+        // A stopped worker is no dead one: it is waited for, with its ring full and more in the
+        // spill.
+        job.wait_until_stuck();
+        job.hold_down();
+        job.wait_for_progress();
+        let (report, lines) = job.release();
+        let sent = FAN * report.records_in;
+        let dropped = assert_conserved(&report, &lines, sent);
+        assert!(dropped > 10_000 && dropped < sent, "{dropped} dropped");
+    }
 }
 
 /// Two edges: one from worker 0 to both, one from both to worker 0 alone.
