@@ -285,7 +285,6 @@ fn a_forgotten_spill_is_counted_and_comes_back_with_a_rollback() {
     assert!(worker.spill.is_empty(&worker.txn));
     // What is written in the same step must not lie where a rollback would read.
     must(push(&mut worker, &"later".to_owned()));
-    drop(worker);
     let mut worker = attach(&memory, AREA);
     assert_eq!(waiting::<String>(&worker), texts);
     assert_eq!(worker.spill.discard::<String>(&mut worker.txn), 100);
