@@ -148,7 +148,7 @@ fn a_terminals_interrupt_at_any_time_of_the_start_ends_the_job_cleanly() {
     let folder = folder();
     let output = folder.path().join("counts");
     let (mut drained, mut ended_by_signal) = (0, 0);
-    for round in 0..common::deep(400, 60) {
+    for round in 0..common::deep(400, 40) {
         let _ = fs::remove_file(&output);
         let job = Cli::new("windows", &text(&output)).workers(3);
         let job = job.args(["--rate", "1000", "--report", "json"]).own_group().start();
