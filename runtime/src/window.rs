@@ -18,7 +18,7 @@ use std::time::Duration;
 pub struct Bounds {
     /// First millisecond.
     pub start: i64,
-    /// First millisecond after it.
+    /// First millisecond after it; `i64::MAX` also for a window that would end beyond that.
     pub end: i64,
 }
 
@@ -72,27 +72,47 @@ impl Window {
         time.saturating_sub(time.rem_euclid(self.slice))
     }
 
-    /// First time after a slice.
+    /// First time after a slice. The first slice of all begins with time itself, not at a multiple.
     #[inline(always)]
     pub(crate) fn slice_end(self, slice: i64) -> i64 {
-        slice.saturating_add(self.slice)
+        slice.saturating_add(self.slice - slice.rem_euclid(self.slice))
     }
 
     /// End of the first window that contains a slice.
     pub(crate) fn first_end(self, slice: i64) -> i64 {
-        slice.saturating_sub(slice.rem_euclid(self.slide)).saturating_add(self.slide)
+        slice.saturating_add(self.slide - slice.rem_euclid(self.slide))
     }
 
     /// End of the last window that contains a slice: what comes when that has fired is late.
     #[inline(always)]
     pub(crate) fn last_end(self, slice: i64) -> i64 {
-        let end = slice.saturating_add(self.size);
-        end - end.rem_euclid(self.slide)
+        match slice.checked_add(self.size - slice.rem_euclid(self.slice)) {
+            Some(end) => end - end.rem_euclid(self.slide),
+            None => self.last_end_beyond(slice),
+        }
     }
 
-    /// The window that ends at `end`.
+    /// As `last_end`, where the slice's last time plus the size is no time any more.
+    #[cold]
+    fn last_end_beyond(self, slice: i64) -> i64 {
+        let end = i128::from(slice) + i128::from(self.size);
+        let end = end - end.rem_euclid(i128::from(self.slide));
+        i64::try_from(end).unwrap_or(i64::MAX)
+    }
+
+    /// The window that ends at `end`. All that would end beyond time itself are one, which ends
+    /// with it, and has the last millisecond too.
     pub(crate) fn bounds(self, end: i64) -> Bounds {
-        Bounds { start: end.saturating_sub(self.size), end }
+        let past = match end {
+            i64::MAX => (self.slide - end.rem_euclid(self.slide)) % self.slide,
+            _ => 0,
+        };
+        Bounds { start: end.saturating_sub(self.size - past), end }
+    }
+
+    /// The last time that a window has.
+    pub(crate) fn last_of(bounds: Bounds) -> i64 {
+        if bounds.end == i64::MAX { i64::MAX } else { bounds.end - 1 }
     }
 
     /// End of the next window to fire: behind the one that ended at `fired`, not among those that
@@ -100,7 +120,7 @@ impl Window {
     /// containing `oldest` or a later slice.
     pub(crate) fn next_end(self, fired: i64, passed: i64, oldest: i64) -> i64 {
         let open = self.first_end(oldest).max(self.first_end(passed));
-        open.max(fired.saturating_add(self.slide))
+        open.max(self.first_end(fired))
     }
 }
 
@@ -119,6 +139,33 @@ mod tests {
                 (-100..100).filter(|end| end % 4 == 0 && end - 10 <= time && time < *end).collect();
             assert_eq!(ends.first(), Some(&window.first_end(slice)), "first window of {time}");
             assert_eq!(ends.last(), Some(&window.last_end(slice)), "last window of {time}");
+        }
+    }
+
+    #[test]
+    fn slices_and_windows_at_the_ends_of_time_are_those_of_exact_arithmetic() {
+        let clip = |time: i128| time.clamp(i64::MIN.into(), i64::MAX.into()) as i64;
+        for (size, slide) in [(1, 1), (7, 7), (10, 10), (10, 4), (9, 2), (1000, 1), (86_400, 7)] {
+            let window =
+                sliding(Duration::from_millis(size as u64), Duration::from_millis(slide as u64));
+            let near = (0..200).flat_map(|n| [i64::MIN + n, n - 100, i64::MAX - n]);
+            for time in near {
+                let slice = window.slice_of(time);
+                let cut = |by: i64| i128::from(time) - i128::from(time.rem_euclid(by));
+                let exact = cut(window.slice);
+                assert_eq!(slice, clip(exact), "slice of {time}, {size}/{slide}");
+                let end = clip(exact + i128::from(window.slice));
+                assert_eq!(window.slice_end(slice), end, "end of the slice of {time}");
+                let first = clip(cut(slide) + i128::from(slide));
+                assert_eq!(window.first_end(slice), first, "first window of {time}");
+                let last = exact + i128::from(size);
+                let last = clip(last - last.rem_euclid(slide.into()));
+                assert_eq!(window.last_end(slice), last, "last window of {time}");
+                let bounds = window.bounds(first);
+                assert!(bounds.start <= time && time <= Window::last_of(bounds), "{bounds:?}");
+                // The end of time has its own row of windows; any other follows the one before.
+                assert_eq!(window.next_end(i64::MIN, i64::MIN, slice), first);
+            }
         }
     }
 

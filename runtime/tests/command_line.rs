@@ -23,6 +23,7 @@ const JOBS: Jobs = &[
     ("echo", echo),
     ("words", words),
     ("everything", everything),
+    ("endless", endless),
 ];
 
 fn main() -> ExitCode {
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
             r8_a_job_with_nothing_to_do_sleeps,
             a_limit_counts_lines_of_standard_input,
             printing_into_a_closed_pipe_is_an_error,
+            a_reader_that_stalls_does_not_keep_a_job_that_was_stopped,
             help_says_every_setting,
         ],
     )
@@ -556,6 +558,39 @@ fn printing_into_a_closed_pipe_is_an_error() {
         ended.err,
         "job: operator standard output: cannot write: Broken pipe (os error 32)\n"
     );
+}
+
+fn endless(flow: &Flow, _: &str) {
+    flow.source("numbers", Generator::new(u64::MAX, |n| n)).print(|n| *n);
+}
+
+/// Nobody reads what it prints: a write that cannot be interrupted must not hold up its end.
+fn a_reader_that_stalls_does_not_keep_a_job_that_was_stopped() {
+    use std::os::unix::process::ExitStatusExt;
+    let mut job = Cli::new("endless", "").workers(2).start_bare();
+    let pid = job.id();
+    let output = job.stdout.take().expect("its output");
+    // The pipe is full, and the thread that prints is inside a write to it.
+    let console = common::wait_for("the console's thread", || {
+        common::process::threads(pid).into_iter().find(|(_, name)| name == "testudo-console")
+    });
+    common::wait_for("a write that waits", || {
+        let call = fs::read_to_string(format!("/proc/{pid}/task/{}/syscall", console.0)).ok()?;
+        let number = call.split(' ').next()?.parse::<libc::c_long>().ok()?;
+        [libc::SYS_write, libc::SYS_writev].contains(&number).then_some(())
+    });
+    let workers = common::process::workers_of(pid);
+    for _ in 0..2 {
+        let held = common::process::Held::child_of(pid, std::process::id()).expect("it runs");
+        assert!(held.signal(libc::SIGINT));
+        common::wait_for("the signal to be taken", || {
+            common::process::pending_signals(pid).is_none_or(|all| all == 0).then_some(())
+        });
+    }
+    let status = common::wait_for("the end", || job.try_wait().expect("our own child"));
+    assert_eq!((status.code(), status.signal()), (Some(130), None));
+    assert!(workers.iter().all(|pid| common::process::stat(*pid).is_none()), "workers are left");
+    drop(output);
 }
 
 fn help_says_every_setting() {

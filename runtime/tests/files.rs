@@ -57,6 +57,8 @@ fn main() -> ExitCode {
             r13_an_output_cut_short_from_outside_is_an_error,
             r13_an_output_cut_short_before_a_recovery_is_an_error,
             an_output_that_cannot_take_more_is_an_error,
+            an_output_at_the_limit_of_file_sizes_is_an_error,
+            a_limit_of_file_sizes_below_a_segment_is_refused,
             an_output_without_a_size_is_written_as_it_is,
             an_input_that_shrinks_is_an_error,
             a_missing_input_is_found_before_any_output_is_touched,
@@ -604,6 +606,36 @@ fn an_output_that_cannot_take_more_is_an_error() {
         "operator out (worker 0): cannot write to /dev/full: No space left on device (os error 28)"
     );
     assert_eq!(code, 1);
+}
+
+fn an_output_at_the_limit_of_file_sizes_is_an_error() {
+    let case = Case::new("");
+    let job = writing(&case.output, 2);
+    let workers = job.workers(3);
+    let written = fs::metadata(&case.output).expect("the output is there").len();
+    for worker in workers {
+        // Segments are larger, so the limit can only come once they are there.
+        common::process::limit_file_size(worker, written + 20_000);
+    }
+    let ended = job.wait();
+    assert_eq!(ended.code, Some(1), "{}", ended.err);
+    assert_eq!(
+        ended.err,
+        format!(
+            "job: operator out (worker 0): cannot write to {}: File too large (os error 27)\n",
+            text(&case.output)
+        )
+    );
+}
+
+fn a_limit_of_file_sizes_below_a_segment_is_refused() {
+    let case = Case::new("id,name,share\n1,a,\n");
+    let job = Cli::new("csv_to_file", &case.parameters()).workers(2);
+    let ended = job.under("ulimit -f 100 && exec \"$@\"").run();
+    assert_eq!((ended.code, ended.signal), (Some(4), None), "{}", ended.err);
+    assert!(ended.err.contains("File too large"), "{}", ended.err);
+    assert!(ended.err.contains("ulimit -f"), "{}", ended.err);
+    assert_eq!(ended.err.lines().count(), 1, "{}", ended.err);
 }
 
 fn an_output_without_a_size_is_written_as_it_is() {

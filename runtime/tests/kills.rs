@@ -14,7 +14,7 @@ use testudo::prelude::*;
 use testudo::sink::file::Lines;
 use testudo::testing::{KILL_AT, Point};
 
-const JOBS: Jobs = &[("ordered", ordered), ("busy", busy)];
+const JOBS: Jobs = &[("ordered", ordered), ("busy", busy), ("winding", winding)];
 
 fn main() -> ExitCode {
     testudo::init();
@@ -39,6 +39,7 @@ fn main() -> ExitCode {
             a_worker_that_dies_for_ever_uses_up_the_budget,
             every_death_is_in_the_report_with_its_cause,
             r8_workers_that_sleep_on_eventfds_are_as_exact,
+            a_job_of_thousands_of_cells_is_exact_across_kills,
             canary_a_lost_a_doubled_and_a_late_record_are_seen,
         ],
     )
@@ -385,6 +386,31 @@ fn r8_workers_that_sleep_on_eventfds_are_as_exact() {
         assert_eq!(ended.restarts(), 5, "{}", ended.err);
         tally::check(&output, 150_000, 3);
     }
+}
+
+/// Exchanges in a row: with three workers, some thirty cells for each.
+const EXCHANGES: u64 = 80;
+
+/// A record visits every worker many times; each exchange has rings, spills and watermarks.
+fn winding(flow: &Flow, output: &str) {
+    let mut stream = flow.source("numbers", Generator::new(40_000, |n| n)).round_robin();
+    for _ in 1..EXCHANGES {
+        stream = stream.map(|n| n + 1).key_by(|n| *n).stream();
+    }
+    stream.sink("out", FileSink::folder(output, "txt", Lines(|n: &u64| *n)));
+}
+
+fn a_job_of_thousands_of_cells_is_exact_across_kills() {
+    let folder = folder();
+    let output = folder.path().join("out");
+    let (saved, committed) = (index(Point::Saved), index(Point::Committed));
+    let orders = format!("0:{saved}:3:4,1:{committed}:3:5,2:{saved}:2:9");
+    let job = Cli::new("winding", &text(&output)).workers(3).args(["--report", "json"]);
+    let ended = job.env(KILL_AT, &orders).run();
+    assert_eq!(ended.restarts(), 8, "{}", ended.err);
+    let mut expected: Vec<String> = (0..40_000).map(|n| (n + EXCHANGES - 1).to_string()).collect();
+    expected.sort_unstable();
+    assert!(common::sorted_parts(&output) == expected, "not all numbers came through once");
 }
 
 /// The self-checking job with one fault: a record that is left out, one that comes twice, two that

@@ -33,6 +33,7 @@ fn main() -> ExitCode {
             a_termination_drains_the_job,
             an_interrupt_from_the_terminal_drains_the_job,
             a_second_signal_stops_at_once,
+            a_terminals_interrupt_at_any_time_of_the_start_ends_the_job_cleanly,
             an_embedded_job_is_drained_and_stopped_on_request,
             a_job_is_drained_while_its_workers_are_being_replaced,
             a_job_is_drained_before_it_has_read_anything,
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
             last_words_are_those_of_the_life_that_said_them,
             a_worker_that_leaves_by_itself_has_died,
             a_failure_ends_the_job_with_the_operators_name,
+            deaths_of_workers_that_lived_long_without_work_do_not_end_the_job,
         ],
     )
 }
@@ -129,7 +131,7 @@ fn a_second_signal_stops_at_once() {
         // Two signals of one number that come together are one to the kernel: the first must have
         // been read.
         wait_for("the first signal to be taken", || {
-            let pending = pending_signals(job.pid())?;
+            let pending = common::process::pending_signals(job.pid())?;
             (pending & (1 << (libc::SIGINT - 1)) == 0).then_some(())
         });
         job.signal(second);
@@ -140,11 +142,41 @@ fn a_second_signal_stops_at_once() {
     }
 }
 
-/// Signals that wait for a process, as a mask.
-fn pending_signals(pid: u32) -> Option<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"))?;
-    u64::from_str_radix(line.trim(), 16).ok()
+/// Interrupts a job's whole group at another moment of its start each time: before it minds
+/// signals, between its workers, while they plan and attach.
+fn a_terminals_interrupt_at_any_time_of_the_start_ends_the_job_cleanly() {
+    let folder = folder();
+    let output = folder.path().join("counts");
+    let (mut drained, mut ended_by_signal) = (0, 0);
+    for round in 0..common::deep(400, 40) {
+        let _ = fs::remove_file(&output);
+        let job = Cli::new("windows", &text(&output)).workers(3);
+        let job = job.args(["--rate", "1000", "--report", "json"]).own_group().start();
+        let started = || common::process::children(job.pid()).len() as u64;
+        wait_for("some of its workers", || (started() >= round % 4).then_some(()));
+        // Not proof of anything: it only spreads the signals over the start.
+        std::thread::sleep(Duration::from_micros(round % 13 * 300));
+        let seen = held(&job);
+        job.signal_group(libc::SIGINT);
+        let pid = job.pid();
+        let ended = job.wait();
+        if ended.signal == Some(libc::SIGINT) {
+            // It did not mind signals yet, and so had no workers.
+            ended_by_signal += 1;
+        } else {
+            assert_eq!(ended.restarts(), 0, "a worker died of the group's signal: {}", ended.err);
+            drained += 1;
+        }
+        wait_for("the workers to end", || seen.iter().all(Held::has_ended).then_some(()));
+        assert!(workers_of(pid).is_empty());
+    }
+    assert!(drained >= 3 * ended_by_signal, "{drained} drained, {ended_by_signal} ended by it");
+}
+
+/// Whoever is started by a job by now.
+fn held(job: &Started) -> Vec<Held> {
+    let children = common::process::children(job.pid());
+    children.into_iter().filter_map(|pid| Held::child_of(pid, job.pid())).collect()
 }
 
 fn an_embedded_job_is_drained_and_stopped_on_request() {
@@ -501,4 +533,40 @@ fn failing(flow: &Flow, _: &str) {
 fn a_failure_ends_the_job_with_the_operators_name() {
     let (message, code) = run_failing(failing, "", settings(1));
     assert_eq!((message.as_str(), code), ("operator tap (worker 0): the tap is dry", 1));
+}
+
+/// One worker reads, the others have nothing to do.
+fn lonely(flow: &Flow, _: &str) {
+    flow.source("numbers", Generator::new(u64::MAX, |n| n)).parallelism(1).for_each(|_| ());
+}
+
+/// Ten seconds are a long life, so the lives themselves are for deep runs; that lives are told
+/// apart by their length has a test next to the code.
+fn deaths_of_workers_that_lived_long_without_work_do_not_end_the_job() {
+    let budget = 1;
+    let slow = Settings { restart_budget: budget, rate: Some(1000), ..settings(2) };
+    let running = start(lonely, "", slow);
+    let view = running.workers().expect("the job starts");
+    let idle = view.workers[1];
+    let rounds = common::deep(3, 1);
+    for _ in 0..rounds {
+        let pid = wait_for("the worker that has nothing to do", || {
+            use testudo::shm::header::WorkerState;
+            use testudo::shm::primitive::Ordering;
+            let state = WorkerState::of(idle.state.load(Ordering::Acquire));
+            let runs = [WorkerState::Running, WorkerState::Finished].contains(&state);
+            let pid = idle.pid.load(Ordering::Acquire);
+            let held = Held::child_of(pid, std::process::id());
+            (runs && held.is_some_and(|held| !held.has_ended())).then_some(pid)
+        });
+        std::thread::sleep(Duration::from_millis(common::deep(10_500, 0)));
+        assert!(common::process::signal_worker(idle, libc::SIGKILL));
+        wait_for("its successor", || {
+            let now = idle.pid.load(testudo::shm::primitive::Ordering::Acquire);
+            (now != pid || running.is_over()).then_some(())
+        });
+    }
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    assert_eq!(report.restarts.len(), rounds);
 }

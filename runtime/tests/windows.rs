@@ -27,6 +27,9 @@ const JOBS: Jobs = &[
     ("timers", timers),
     ("timers_moved", timers_moved),
     ("watermarks", watermarks),
+    ("extreme", extreme),
+    ("extreme_overall", extreme_overall),
+    ("extreme_timers", extreme_timers),
 ];
 
 fn main() -> ExitCode {
@@ -48,6 +51,9 @@ fn main() -> ExitCode {
             timers_fire_once_and_in_the_order_of_their_times,
             a_timer_that_was_taken_back_never_fires,
             watermarks_never_go_back,
+            windows_at_both_ends_of_time_are_those_of_brute_force,
+            windows_over_everything_reach_both_ends_of_time,
+            timers_at_both_ends_of_time_fire_once,
         ],
     )
 }
@@ -554,4 +560,155 @@ fn watermarks_never_go_back() {
     let mut expected: Vec<String> = (0..TOTAL).map(|n| event(n).at.to_string()).collect();
     expected.sort_unstable();
     each_way("watermarks", "", 1, |files, _| assert_eq!(sorted_lines(&files[0]), expected));
+}
+
+/// Times next to both ends of what can be written, and around zero.
+fn extreme_times() -> Vec<i64> {
+    let last = i64::MAX - 40;
+    (i64::MIN..i64::MIN + 40).chain(-40..40).chain(last..=i64::MAX).collect()
+}
+
+/// All extreme times in order, five keys at each.
+fn extreme_event(n: u64) -> Event {
+    Event { at: extreme_times()[n as usize / 5], key: n % 5, value: n }
+}
+
+/// How many of them there are before a time.
+fn extreme_total(until: i64) -> u64 {
+    5 * extreme_times().iter().filter(|at| **at <= until).count() as u64
+}
+
+/// Brute force in wider arithmetic, clipped: what would end beyond time itself is one window.
+fn extreme_model(until: i64, size: i64, slide: i64, by_key: bool) -> Vec<String> {
+    let (size, slide) = (i128::from(size), i128::from(slide));
+    let clip = |time: i128| time.clamp(i64::MIN.into(), i64::MAX.into()) as i64;
+    let last = -(-i128::from(i64::MAX)).div_euclid(slide) * slide;
+    let mut windows: BTreeMap<(i64, u64), Row> = BTreeMap::new();
+    for event in (0..extreme_total(until)).map(extreme_event) {
+        let at = i128::from(event.at);
+        let mut end = at - at.rem_euclid(slide) + slide;
+        let mut counted = None;
+        while end - size <= at {
+            let start = clip(end.min(last) - size);
+            let key = if by_key { event.key } else { 0 };
+            let row = windows.entry((clip(end), key)).or_default();
+            *row = Row { start, end: clip(end), key, ..*row };
+            if counted.replace(clip(end)) != Some(clip(end)) {
+                row.add(&event);
+            }
+            end += slide;
+        }
+    }
+    let mut lines: Vec<String> = windows.values().map(Row::line).collect();
+    lines.sort_unstable();
+    lines
+}
+
+/// The parameters of a job of extreme times: output, last time, size, slide, bound in milliseconds.
+struct Extreme<'a> {
+    output: &'a str,
+    total: u64,
+    window: testudo::window::Window,
+    bound: Duration,
+}
+
+impl<'a> Extreme<'a> {
+    fn of(parameters: &'a str) -> Self {
+        let fields: Vec<&str> = parameters.split(' ').collect();
+        Self {
+            output: fields[0],
+            total: extreme_total(fields[1].parse().expect("a time")),
+            window: sliding(millis(fields[2]), millis(fields[3])),
+            bound: millis(fields[4]),
+        }
+    }
+}
+
+fn extreme(flow: &Flow, parameters: &str) {
+    let job = Extreme::of(parameters);
+    flow.source("events", Generator::new(job.total, extreme_event))
+        .parallelism(1)
+        .event_time(job.bound, |event| event.at)
+        .key_by(|event| event.key)
+        .window(job.window, |event| event.at)
+        .aggregate(Row::default, Row::add, Row::merge, |key, window, row| Row {
+            start: window.start,
+            end: window.end,
+            key: *key,
+            ..*row
+        })
+        .sink("rows", rows(job.output));
+}
+
+fn extreme_overall(flow: &Flow, parameters: &str) {
+    let job = Extreme::of(parameters);
+    flow.source("events", Generator::new(job.total, extreme_event))
+        .parallelism(1)
+        .event_time(job.bound, |event| event.at)
+        .window_all(job.window, |event| event.at)
+        .aggregate(Row::default, Row::add, Row::merge, |window, row| Row {
+            start: window.start,
+            end: window.end,
+            ..*row
+        })
+        .sink("rows", rows(job.output));
+}
+
+fn check_extremes(job: &str, by_key: bool) {
+    for (size, slide) in [(10, 10), (1, 1), (7, 7), (10, 4), (9, 3), (1_000_000, 1_000_000)] {
+        // With no bound the watermark is at the latest time, and what comes at the end of time
+        // itself would be late; with the widest one, nothing fires before the end of input.
+        for (until, bound) in [(i64::MAX - 1, 0), (i64::MAX, i64::MAX as u64)] {
+            let folder = folder();
+            let output = folder.path().join("rows");
+            let parameters = format!("{} {until} {size} {slide} {bound}", text(&output));
+            let cli = Cli::new(job, &parameters).workers(2).args(["--report", "json"]);
+            let ended = cli.run();
+            assert_eq!(ended.report()["late"], 0, "{size} {slide} {bound}");
+            let expected = extreme_model(until, size, slide, by_key);
+            assert!(sorted_lines(&output) == expected, "{size} {slide} {bound}");
+        }
+    }
+}
+
+fn windows_at_both_ends_of_time_are_those_of_brute_force() {
+    check_extremes("extreme", true);
+}
+
+fn windows_over_everything_reach_both_ends_of_time() {
+    check_extremes("extreme_overall", false);
+}
+
+fn extreme_timers(flow: &Flow, parameters: &str) {
+    let job = Extreme::of(parameters);
+    flow.source("events", Generator::new(job.total, extreme_event))
+        .parallelism(1)
+        .event_time(job.bound, |event| event.at)
+        .key_by(|event| event.key)
+        .process(
+            |_| (),
+            |(), cx, event| cx.set_timer(event.at),
+            |(), cx, time| {
+                let key = *cx.key();
+                cx.emit(Event { at: time, key, value: 0 });
+            },
+        )
+        .sink("fired", FileSink::new(job.output, Csv(|event: &Event| (event.at, event.key))));
+}
+
+fn timers_at_both_ends_of_time_fire_once() {
+    let events = (0..extreme_total(i64::MAX)).map(extreme_event);
+    // The last time of all is that of the end of input.
+    let fired = |e: Event| format!("{},{}", e.at.min(i64::MAX - 1), e.key);
+    let mut expected: Vec<String> = events.map(fired).collect();
+    expected.sort_unstable();
+    expected.dedup();
+    for bound in [0, i64::MAX as u64] {
+        let folder = folder();
+        let output = folder.path().join("rows");
+        let parameters = format!("{} {} 1 1 {bound}", text(&output), i64::MAX);
+        let ended = Cli::new("extreme_timers", &parameters).workers(2).run();
+        assert_eq!(ended.code, Some(0), "{}", ended.err);
+        assert!(sorted_lines(&output) == expected, "{bound}");
+    }
 }

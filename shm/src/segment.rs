@@ -60,7 +60,11 @@ impl Segment {
         })?;
         // SAFETY: plain system call on our own descriptor.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size) } != 0 {
-            return Err(SetupError::last(format!("cannot give segment {name} {len} bytes")));
+            let error = SetupError::last(format!("cannot give segment {name} {len} bytes"));
+            // The limit on the size of files is meant for files, but segments are some to it.
+            let is_limit = error.source.raw_os_error() == Some(libc::EFBIG);
+            let advice = if is_limit { "; raise the limit on file sizes (ulimit -f)" } else { "" };
+            return Err(SetupError { what: error.what + advice, ..error });
         }
         // SAFETY: plain system call on our own descriptor.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, SEALS) } != 0 {

@@ -166,6 +166,15 @@ impl Spill {
         count
     }
 
+    /// Forgets everything that waits here, for a consumer that is not waited for. Returns how many
+    /// records that were.
+    pub fn discard<T: Record>(&mut self, txn: &mut Txn) -> usize {
+        let batch = self.front::<T>(txn, usize::MAX);
+        let (bytes, count) = (batch.bytes().len(), batch.len());
+        self.drained(txn, bytes);
+        count
+    }
+
     /// Gives memory back when the spill was large and is empty, as of an earlier commit.
     pub fn trim(&mut self, txn: &Txn) {
         let is_free = self.is_empty(txn) && self.first_free(txn) == 0;

@@ -273,3 +273,21 @@ fn r7_a_part_of_a_spill_is_drained_from_its_front() {
     assert_eq!(waiting::<u32>(&worker), (3..10).collect::<Vec<_>>());
     assert_eq!(worker.spill.backlog(&worker.txn), 28);
 }
+
+#[test]
+fn a_forgotten_spill_is_counted_and_comes_back_with_a_rollback() {
+    let memory = Memory::new(ALL);
+    let mut worker = attach(&memory, AREA);
+    let texts: Vec<String> = (0..100).map(|n| "x".repeat(n)).collect();
+    texts.iter().for_each(|text| must(push(&mut worker, text)));
+    worker.txn.commit();
+    assert_eq!(worker.spill.discard::<String>(&mut worker.txn), 100);
+    assert!(worker.spill.is_empty(&worker.txn));
+    // What is written in the same step must not lie where a rollback would read.
+    must(push(&mut worker, &"later".to_owned()));
+    let mut worker = attach(&memory, AREA);
+    assert_eq!(waiting::<String>(&worker), texts);
+    assert_eq!(worker.spill.discard::<String>(&mut worker.txn), 100);
+    worker.txn.commit();
+    assert!(attach(&memory, AREA).spill.is_empty(&worker.txn));
+}

@@ -5,7 +5,7 @@
 //! be dropped counted as free) and of what the kernel calls available. A reserve stays untouched.
 //!
 //! Invariants: the files are read only when the last budget is used up; a budget is at most a
-//! quarter of what is free, so that several workers growing at once cannot all count the same
+//! sixteenth of what is free, so that several workers growing at once cannot all count the same
 //! bytes; a missing file limits nothing.
 //!
 //! Called by the heap before a group grows by a chunk.

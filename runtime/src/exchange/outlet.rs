@@ -231,7 +231,15 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
             }
             match &self.lanes[lane] {
                 Lane::Ring(index) => {
-                    any |= spill.drain_into::<T>(&mut cx.txn, &mut cx.out_rings[*index].ring) > 0;
+                    let out = &mut cx.out_rings[*index];
+                    let moved = spill.drain_into::<T>(&mut cx.txn, &mut out.ring) > 0;
+                    any |= moved;
+                    // What was spilled while the consumer lived holds nobody up once it is dead.
+                    if !moved && out.drops() {
+                        let dropped = spill.discard::<T>(&mut cx.txn);
+                        cx.count(self.dropped, dropped as u64);
+                        any = true;
+                    }
                 }
                 Lane::Local { intake, .. } => {
                     let mut intake = intake.borrow_mut();

@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 /// How long to wait for a job that is about to die.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long to wait for one whose launching process lives: it may be on its way out.
+const PATIENCE_LIVING: Duration = Duration::from_millis(500);
+
 /// The claimed outputs of a job; given up when dropped and all workers are gone.
 #[derive(Debug)]
 pub(crate) struct Outputs {
@@ -135,9 +138,10 @@ fn lock(file: &File, output: &Path, inode: u64) -> Result<(), Error> {
             unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) };
             return Ok(());
         }
-        if begun.elapsed() > PATIENCE {
-            let holder =
-                holder(inode).map_or("another process".into(), |pid| format!("process {pid}"));
+        let holder = holder(inode);
+        let patience = if holder.is_some_and(lives) { PATIENCE_LIVING } else { PATIENCE };
+        if begun.elapsed() > patience {
+            let holder = holder.map_or("another process".into(), |pid| format!("process {pid}"));
             return Err(Error::Plan(format!(
                 "output {} is being written by {holder}; \
                  wait for it, stop it, or choose another output",
@@ -156,6 +160,12 @@ fn holder(inode: u64) -> Option<u32> {
         let of = fields.get(5)?.rsplit(':').next()?.parse::<u64>().ok()?;
         (fields.get(1) == Some(&"FLOCK") && of == inode).then(|| fields[4].parse().ok()).flatten()
     })
+}
+
+/// Whether a process runs, not dead and only waiting to be reaped.
+fn lives(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, fields)| !fields.starts_with(['Z', 'X']))
 }
 
 /// Empties an output: truncates the file, or removes old parts and makes new ones. Headers are

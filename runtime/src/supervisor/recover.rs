@@ -33,13 +33,37 @@ const SOUND_LIFE_NS: u64 = 10_000_000_000;
 /// Longest such pause.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
 
+/// Deaths of a worker in a row, without a commit or a long life in between: what counts against the
+/// budget.
+#[derive(Debug, Default)]
+struct Deaths {
+    /// Commits in its header when it last died.
+    commits: u64,
+    in_a_row: u32,
+}
+
+impl Deaths {
+    /// Takes in another death, after so many commits in all and a last life of so many nanoseconds.
+    /// Returns how many there are in a row now.
+    fn note(&mut self, commits: u64, lived_ns: u64) -> u32 {
+        let is_repeated = commits == self.commits && lived_ns <= SOUND_LIFE_NS;
+        self.in_a_row = if is_repeated { self.in_a_row + 1 } else { 1 };
+        self.commits = commits;
+        self.in_a_row
+    }
+
+    /// A successor could not even be started.
+    fn note_unborn(&mut self) -> u32 {
+        self.in_a_row += 1;
+        self.in_a_row
+    }
+}
+
 #[derive(Debug)]
 struct Member {
     child: Option<Child>,
     lives: u64,
-    /// Commits in its header when it last died, and deaths in a row at that count.
-    commits: u64,
-    deaths: u32,
+    deaths: Deaths,
     /// When the next life may begin, in monotonic nanoseconds.
     due_ns: Option<u64>,
     /// The restart whose recovery time is not known yet.
@@ -95,8 +119,7 @@ impl<'a> Crew<'a> {
             .map(|_| Member {
                 child: None,
                 lives: 0,
-                commits: 0,
-                deaths: 0,
+                deaths: Deaths::default(),
                 due_ns: None,
                 recovering: None,
             })
@@ -168,8 +191,7 @@ impl<'a> Crew<'a> {
             return Ok(());
         };
         let member = &mut self.members[worker];
-        member.deaths += 1;
-        if member.deaths > self.settings.restart_budget || member.child.is_some() {
+        if member.deaths.note_unborn() > self.settings.restart_budget || member.child.is_some() {
             return Err(error);
         }
         member.due_ns = Some(now_ns() + PAUSE_MAX.as_nanos() as u64);
@@ -198,11 +220,8 @@ impl<'a> Crew<'a> {
         let commits = header.commits.load(Ordering::Acquire);
         let attached = header.attached_ns.load(Ordering::Acquire);
         let is_its_own = header.pid.load(Ordering::Relaxed) == child.pid as u32;
-        let lived_long = is_its_own && seen_ns.saturating_sub(attached) > SOUND_LIFE_NS;
-        let is_repeated = commits == member.commits && !lived_long;
-        member.deaths = if is_repeated { member.deaths + 1 } else { 1 };
-        member.commits = commits;
-        let deaths = member.deaths;
+        let lived_ns = if is_its_own { seen_ns.saturating_sub(attached) } else { 0 };
+        let deaths = member.deaths.note(commits, lived_ns);
         let pause = if deaths > 1 {
             (PAUSE * (1 << deaths.min(16))).min(PAUSE_MAX)
         } else {
@@ -342,5 +361,29 @@ impl Drop for Crew<'_> {
     /// However the job ends, no process of it is left.
     fn drop(&mut self) {
         self.end(true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Deaths, SOUND_LIFE_NS};
+
+    #[test]
+    fn deaths_without_a_commit_are_in_a_row() {
+        let mut deaths = Deaths::default();
+        assert_eq!(deaths.note(5, 1000), 1, "it had committed");
+        assert_eq!(deaths.note(5, 1000), 2);
+        assert_eq!(deaths.note_unborn(), 3);
+        assert_eq!(deaths.note(5, SOUND_LIFE_NS), 4);
+        assert_eq!(deaths.note(6, 1000), 1);
+    }
+
+    #[test]
+    fn a_worker_that_lived_long_without_work_does_not_spend_the_budget() {
+        let mut deaths = Deaths::default();
+        for _ in 0..100 {
+            assert_eq!(deaths.note(0, SOUND_LIFE_NS + 1), 1);
+        }
+        assert_eq!(deaths.note(0, 1000), 2);
     }
 }

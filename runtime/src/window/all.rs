@@ -272,7 +272,8 @@ where
 
     fn fire_one(&mut self, cx: &mut Cx, end: i64) {
         let bounds = self.window.bounds(end);
-        let slices: Vec<i64> = self.store.open.range(bounds.start..bounds.end).copied().collect();
+        let times = bounds.start..=Window::last_of(bounds);
+        let slices: Vec<i64> = self.store.open.range(times).copied().collect();
         let mut merged: Option<A> = None;
         for &slice in &slices {
             let Some(value) = self.store.get(slice) else {

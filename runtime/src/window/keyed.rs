@@ -260,8 +260,8 @@ where
             return false;
         }
         let bounds = self.window.bounds(end);
-        let slices: Vec<i64> =
-            self.slices.ids().filter(|id| bounds.start <= *id && *id < bounds.end).collect();
+        let times = bounds.start..=Window::last_of(bounds);
+        let slices: Vec<i64> = self.slices.ids().filter(|id| times.contains(id)).collect();
         let cursor = cx.txn.get(self.cells.cursor);
         let (mut group, mut slice, mut slot) = match cursor[0] == end {
             true => (cursor[1], cursor[2], cursor[3]),

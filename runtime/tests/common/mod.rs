@@ -19,6 +19,8 @@ pub mod tally;
 
 pub mod tool;
 
+pub mod trace;
+
 use libtest_mimic::{Arguments, Trial};
 use std::path::Path;
 use std::process::ExitCode;

@@ -77,6 +77,12 @@ pub fn ticks(pid: u32) -> Option<u64> {
     Some(next()? + next()?)
 }
 
+/// Nanoseconds that a process's first thread has spent on processors.
+pub fn cpu_ns(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/schedstat")).ok()?;
+    text.split_whitespace().next()?.parse().ok()
+}
+
 /// The children of a process, by number.
 pub fn children(parent: u32) -> Vec<u32> {
     let all = std::fs::read_dir("/proc").expect("/proc can be listed").flatten();
@@ -95,6 +101,23 @@ pub fn status_kib(pid: u32, name: &str) -> Option<u64> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
+}
+
+/// Signals that wait for a process, as a mask.
+pub fn pending_signals(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"))?;
+    u64::from_str_radix(line.trim(), 16).ok()
+}
+
+/// The threads of a process, with their names.
+pub fn threads(pid: u32) -> Vec<(u32, String)> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let thread = |entry: std::fs::DirEntry| {
+        let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+        Some((entry.file_name().to_str()?.parse().ok()?, name.trim_end().to_owned()))
+    };
+    entries.filter_map(thread).collect()
 }
 
 /// Has a program killed when the thread that starts it ends: a test program that is killed leaves
@@ -143,6 +166,23 @@ pub fn signal_group(leader: u32, signal: i32) {
     assert_eq!(group, Some(leader as i32), "not the leader of a group of its own");
     // SAFETY: plain system call on a group whose leader is a child of ours that was not waited for.
     unsafe { libc::kill(-(leader as i32), signal) };
+}
+
+/// Has a process refused to write beyond so many bytes of any file.
+pub fn limit_file_size(pid: u32, bytes: u64) {
+    let limit = libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
+    let none = std::ptr::null_mut();
+    // SAFETY: limit is a valid place that is only read.
+    let done = unsafe { libc::prlimit(pid as i32, libc::RLIMIT_FSIZE, &raw const limit, none) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Asks the kernel to read no bytes to an address.
+pub fn read_nothing_to(address: u64) {
+    let null = std::fs::File::open("/dev/null").expect("it is always there");
+    let at = std::ptr::without_provenance_mut::<libc::c_void>(address as usize);
+    // SAFETY: nothing is read, so nothing is written.
+    unsafe { libc::read(null.as_raw_fd(), at, 0) };
 }
 
 /// Our own process group and session.

@@ -151,16 +151,21 @@ impl Cli {
     }
 }
 
-type Collected = std::thread::JoinHandle<String>;
+/// What a thread of the test reads from the program; taken when it is over.
+type Collected = Option<std::thread::JoinHandle<String>>;
 
 fn collect(stream: Option<impl Read + Send + 'static>) -> Collected {
-    std::thread::spawn(move || {
+    Some(std::thread::spawn(move || {
         let mut bytes = Vec::new();
         if let Some(mut stream) = stream {
             stream.read_to_end(&mut bytes).expect("a pipe can be read");
         }
         String::from_utf8_lossy(&bytes).into_owned()
-    })
+    }))
+}
+
+fn collected(by: &mut Collected) -> String {
+    by.take().map_or_else(String::new, |thread| thread.join().expect("the collector"))
 }
 
 /// A job that runs as a program.
@@ -204,7 +209,7 @@ impl Started {
             if begun.elapsed() > PATIENCE {
                 self.child.kill().expect("our own child");
                 let end = self.child.wait();
-                let err = self.err.join().expect("the collector");
+                let err = collected(&mut self.err);
                 panic!("the program hung ({end:?}); it said: {err}");
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -212,9 +217,18 @@ impl Started {
         Ended {
             code: status.code(),
             signal: status.signal(),
-            out: self.out.join().expect("the collector"),
-            err: self.err.join().expect("the collector"),
+            out: collected(&mut self.out),
+            err: collected(&mut self.err),
         }
+    }
+}
+
+impl Drop for Started {
+    /// A test that fails leaves no job running behind it.
+    fn drop(&mut self) {
+        // One that was waited for is gone, and the library knows that.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
