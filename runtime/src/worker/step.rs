@@ -33,7 +33,7 @@ use testudo_shm::wait;
 const STEPS_BEFORE_PINNING: u64 = 64;
 
 /// Runs steps until the job is over.
-pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error> {
+pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> Result<(), Error> {
     metrics::set_panic_page(worker.last_words);
     let own = worker.header.worker.load(Ordering::Relaxed) as usize;
     let cores = worker.settings.cores.len().max(1);
@@ -47,6 +47,9 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error
             fail(&worker, &error);
         }
         steps += 1;
+        if steps == 1 && in_haste {
+            crate::haste::end();
+        }
         if steps == STEPS_BEFORE_PINNING {
             pin(&worker);
         }
