@@ -16,6 +16,12 @@ use testudo_shm::producer::Producer;
 use testudo_shm::record::Scratch;
 use testudo_shm::txn::{Place, Txn};
 
+/// Records that one ring may give in one step, so that no channel starves the others.
+pub(crate) const TURN: usize = 2048;
+
+/// The same in a process's first step; doubled with each that follows.
+const FIRST_TURN: usize = 64;
+
 /// A counter's cell.
 pub type CounterPlace = Place<u64>;
 
@@ -77,6 +83,9 @@ pub struct Cx {
     pub(crate) now_ns: u64,
     /// Sources stop: the job is being drained.
     pub(crate) draining: bool,
+    /// Records that one input may give in this step: few in the first steps of a process, whose
+    /// every access to state is a page fault, so that its peers hear of it soon.
+    pub(crate) turn: usize,
     /// Archived records are validated when taken.
     pub(crate) validate: bool,
     /// Latest watermark that an event-time operator or an inlet noted: for people, not for
@@ -94,6 +103,7 @@ impl Cx {
             failure: None,
             now_ns: 0,
             draining: false,
+            turn: FIRST_TURN,
             validate,
             watermark: 0,
             scratch: Vec::new(),

@@ -15,6 +15,7 @@
 
 use super::StageRef;
 use super::attach::Worker;
+use super::context::TURN;
 use super::entry::EXIT_FAILED;
 use super::idle::{Waiter, wake_sleepers};
 use crate::config::Idle;
@@ -50,6 +51,7 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> 
         if steps == 1 && in_haste {
             crate::haste::end();
         }
+        worker.cx.turn = (worker.cx.turn * 2).min(TURN);
         if steps == STEPS_BEFORE_PINNING {
             pin(&worker);
         }
