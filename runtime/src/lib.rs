@@ -32,6 +32,8 @@ pub mod time;
 
 pub mod sink;
 
+mod haste;
+
 pub mod worker;
 
 pub mod checkpoint;

@@ -17,9 +17,6 @@ use testudo_shm::fault::Fault;
 use testudo_shm::record::{Batch, Record};
 use testudo_shm::txn::Place;
 
-/// Records that one ring may give in one step, so that no channel starves the others.
-const TURN: usize = 2048;
-
 /// One producer of this stage.
 #[derive(Debug)]
 pub struct Channel {
@@ -132,8 +129,8 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
             return 0;
         };
         let mut taken = 0;
-        while taken < TURN && cx.failure.is_none() && !cx.txn.is_nearly_full() {
-            let room = self.next.room(cx);
+        while taken < cx.turn && cx.failure.is_none() && !cx.txn.is_nearly_full() {
+            let room = self.next.room(cx).min(cx.turn);
             if room == 0 {
                 break;
             }

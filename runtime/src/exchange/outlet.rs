@@ -339,7 +339,7 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
     }
 
     fn room(&mut self, cx: &mut Cx) -> usize {
-        let mut room = BATCH;
+        let mut room = BATCH.min(cx.turn);
         for (lane, spill) in self.lanes.iter().zip(&self.spills) {
             if !spill.is_empty(&cx.txn) {
                 return 0;

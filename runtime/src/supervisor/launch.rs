@@ -13,7 +13,7 @@ use super::outputs::Outputs;
 use super::progress::Progress;
 use super::recover::Crew;
 use super::report::Report;
-use super::resume::{self, Chosen};
+use super::resume::{self, Chosen, Resumed};
 use super::spawn::Spawner;
 use super::watch::{Events, Watch, event_fd};
 use crate::config::Settings;
@@ -168,6 +168,16 @@ pub(crate) struct Launch {
     pub(crate) signals: Option<OwnedFd>,
 }
 
+/// A job that may begin.
+struct Prepared {
+    surveys: Vec<String>,
+    plan: Plan,
+    outputs: Outputs,
+    store: Option<StoreThread>,
+    chosen: Option<Resumed>,
+    job_id: u64,
+}
+
 /// Descriptors kept free for files, sockets and the like.
 const SPARE_DESCRIPTORS: usize = 64;
 
@@ -209,65 +219,30 @@ impl Launch {
         unusable: &[u64],
         resumed: &mut Option<u64>,
     ) -> Result<Report, Error> {
-        let store = match &self.settings.checkpoint_dir {
-            Some(folder) => Some(StoreThread::open(folder, self.settings.disk)?),
-            None => None,
-        };
-        let chosen = self.choose(store.as_ref(), unusable)?;
-        if let Some(chosen) = &chosen {
-            *resumed = Some(chosen.manifest.id);
-            // State by key group goes on in as many groups as there were.
-            self.settings.key_groups = chosen.manifest.groups as usize;
-        }
-        let (flow, plan) = self.plan(build)?;
-        if chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished) {
+        let Some(prepared) = self.prepare(build, unusable, resumed)? else {
+            let (_, plan) = self.plan(build)?;
             eprintln!("testudo: the job had come to its end; there is nothing to go on with");
             return Ok(Report::nothing(&plan, &self.settings));
-        }
-        let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
-        let is_lazy = chosen.is_some() && can_load_lazily();
-        let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
-        let outputs = Outputs::claim(&plan, chosen.is_some())?;
-        if let Some(chosen) = &chosen {
-            Outputs::go_on(&plan, chosen)?;
-        }
-        if let (Some(store), None) = (&store, &chosen) {
-            let reset = store.ask(move |store| store.reset(job_id))?;
-            reset.map_err(|error| Error::Checkpoint(error.to_string()))?;
-        }
+        };
+        let Prepared { surveys, plan, outputs, store, chosen, job_id } = prepared;
         let watch = Watch::start(Arc::clone(events), self.take_signals()?)?;
         let checkpoints = self.settings.checkpoint_dir.as_ref().map(|folder| Checkpoints {
             folder: std::path::absolute(folder).unwrap_or_else(|_| folder.clone()),
             job: job_id,
             restore: chosen.as_ref().map(|chosen| chosen.restore.clone()),
         });
-        let surveys = flow.draft.borrow().surveys.clone();
-        let stage = Scene::build(&plan, self, surveys, checkpoints, &watch)?;
-        let checkpointer = match store {
-            None => None,
-            Some(store) => Some(Checkpointer::new(
-                &plan,
-                &self.settings,
-                store,
-                chosen.as_ref(),
-                job_id,
-                events,
-            )?),
-        };
+        let scene = Scene::build(&plan, self, surveys, checkpoints, &watch)?;
+        let chosen = chosen.as_ref();
+        let checkpointer = store
+            .map(|store| Checkpointer::new(&plan, &self.settings, store, chosen, job_id, events))
+            .transpose()?;
         let begun = std::time::Instant::now();
-        let crew = Crew::start(&plan, &self.settings, &stage, &watch, Spawner::new(), self.entry)?;
-        started(View { workers: stage.workers.clone() });
+        let crew = Crew::start(&plan, &self.settings, &scene, &watch, Spawner::new(), self.entry)?;
+        started(View { workers: scene.workers.clone() });
         let orders = Orders::open(&self.settings, events);
-        let mut running = Play {
-            plan: &plan,
-            settings: &self.settings,
-            scene: &stage,
-            watch,
-            crew,
-            checkpointer,
-            orders,
-        };
-        let console = Console::start(&plan, &self.settings, &stage, events)?;
+        let (settings, scene) = (&self.settings, &scene);
+        let mut running = Play { plan: &plan, settings, scene, watch, crew, checkpointer, orders };
+        let console = Console::start(&plan, settings, scene, events)?;
         let result = running.wait(events, &console);
         running.crew.end(result.is_err());
         let console_failed = console.has_failed();
@@ -281,14 +256,49 @@ impl Launch {
             console?;
             result?;
         }
-        Ok(Report::new(
-            &plan,
-            &self.settings,
-            &stage,
-            std::mem::take(&mut running.crew.restarts),
-            begun.elapsed(),
-        )
-        .with_checkpoints(running.checkpointer.as_ref().map(Checkpointer::history)))
+        let restarts = std::mem::take(&mut running.crew.restarts);
+        let report = Report::new(&plan, settings, scene, restarts, begun.elapsed());
+        Ok(report.with_checkpoints(running.checkpointer.as_ref().map(Checkpointer::history)))
+    }
+
+    /// Everything up to the first segment: the folder, the checkpoint to go on from, the plan, the
+    /// outputs. `None` when the job that is to go on had come to its end.
+    fn prepare(
+        &mut self,
+        build: &impl Fn(&Flow),
+        unusable: &[u64],
+        resumed: &mut Option<u64>,
+    ) -> Result<Option<Prepared>, Error> {
+        let store = match &self.settings.checkpoint_dir {
+            Some(folder) => Some(StoreThread::open(folder, self.settings.disk)?),
+            None => None,
+        };
+        let chosen = self.choose(store.as_ref(), unusable)?;
+        if let Some(chosen) = &chosen {
+            *resumed = Some(chosen.manifest.id);
+            // State by key group goes on in as many groups as there were.
+            self.settings.key_groups = chosen.manifest.groups as usize;
+        }
+        if chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished) {
+            return Ok(None);
+        }
+        let (flow, plan) = self.plan(build)?;
+        let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
+        let is_lazy = chosen.is_some() && can_load_lazily();
+        let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
+        let outputs = Outputs::claim(&plan)?;
+        match (&store, &chosen) {
+            (_, Some(chosen)) => Outputs::go_on(&plan, chosen)?,
+            (Some(store), None) => {
+                // Before outputs are emptied: a crash must not go on with what they had.
+                let reset = store.ask(move |store| store.reset(job_id))?;
+                reset.map_err(|error| Error::Checkpoint(error.to_string()))?;
+                outputs.empty(&plan)?;
+            }
+            (None, None) => outputs.empty(&plan)?,
+        }
+        let surveys = flow.draft.borrow().surveys.clone();
+        Ok(Some(Prepared { surveys, plan, outputs, store, chosen, job_id }))
     }
 
     /// The checkpoint to go on from, if the settings ask for one and there is one.

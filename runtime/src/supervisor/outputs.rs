@@ -25,13 +25,15 @@ const PATIENCE_LIVING: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(crate) struct Outputs {
     _locks: Vec<File>,
+    /// For each output of the plan, whether it is a regular file.
+    is_regular: Vec<bool>,
 }
 
 impl Outputs {
-    /// Claims all outputs of a plan, and empties them unless the job goes on where it stopped.
-    pub(crate) fn claim(plan: &Plan, goes_on: bool) -> Result<Self, Error> {
+    /// Claims all outputs of a plan. A job that is refused has touched none of them.
+    pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
         let (mut locks, mut claimed) = (Vec::new(), Vec::new());
-        for (output, stage) in &plan.outputs {
+        for (output, _) in &plan.outputs {
             let lock_path = match &output.parts {
                 None => output.path.clone(),
                 Some(_) => {
@@ -45,7 +47,7 @@ impl Outputs {
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
                 refuse_input(plan, &output.path, &meta)?;
-                if claimed.iter().any(|(other, ..): &(&Output, _, _)| other.path == output.path) {
+                if claimed.iter().any(|(other, _): &(&Output, _)| other.path == output.path) {
                     return Err(Error::Plan(format!(
                         "two sinks write to {}; give each an output of its own",
                         output.path.display()
@@ -54,17 +56,20 @@ impl Outputs {
                 lock(&file, &output.path, meta.ino())?;
                 locks.push(file);
             }
-            claimed.push((output, plan.stages[*stage].workers.len(), meta.is_file()));
+            claimed.push((output, meta.is_file()));
         }
-        // Only once all are ours: a job that is refused has touched nothing.
-        for (output, parts, is_regular) in claimed.into_iter().filter(|_| !goes_on) {
-            empty(output, parts, is_regular)?;
-        }
-        Ok(Self { _locks: locks })
+        let is_regular = claimed.into_iter().map(|(_, is_regular)| is_regular).collect();
+        Ok(Self { _locks: locks, is_regular })
     }
-}
 
-impl Outputs {
+    /// Empties all outputs: the job begins.
+    pub(crate) fn empty(&self, plan: &Plan) -> Result<(), Error> {
+        for ((output, stage), is_regular) in plan.outputs.iter().zip(&self.is_regular) {
+            empty(output, plan.stages[*stage].workers.len(), *is_regular)?;
+        }
+        Ok(())
+    }
+
     /// The job goes on, with other numbers of subtasks perhaps. Parts of subtasks that there are no
     /// more end where the checkpoint knows them; parts of new ones begin. (Those that go on are cut
     /// back by the workers that write them.)

@@ -14,6 +14,7 @@ use super::spawn::{Child, Exit, Spawner, kill, reap};
 use super::watch::Watch;
 use crate::config::Settings;
 use crate::error::Error;
+use crate::haste::Haste;
 use crate::plan::Plan;
 use crate::time::now_ns;
 use crate::worker::attach::last_words;
@@ -103,6 +104,9 @@ pub(crate) struct Crew<'a> {
     pub(crate) restarts: Vec<Restart>,
     /// Workers that died since this was last asked for.
     deaths: Vec<usize>,
+    /// Held from the first look on: a death is to be seen at once.
+    haste: Option<Haste>,
+    is_watching: bool,
 }
 
 impl<'a> Crew<'a> {
@@ -125,9 +129,19 @@ impl<'a> Crew<'a> {
             })
             .collect();
         let (dying, restarts) = (Vec::new(), Vec::new());
-        let deaths = Vec::new();
-        let mut crew =
-            Self { plan, settings, scene, spawner, entry, members, dying, restarts, deaths };
+        let mut crew = Self {
+            plan,
+            settings,
+            scene,
+            spawner,
+            entry,
+            members,
+            dying,
+            restarts,
+            deaths: Vec::new(),
+            haste: None,
+            is_watching: false,
+        };
         for worker in 0..plan.workers {
             if let Err(error) = crew.spawn(watch, worker) {
                 crew.end(true);
@@ -144,8 +158,11 @@ impl<'a> Crew<'a> {
             control_bytes: self.scene.control.len(),
             entry: self.entry,
             life: self.members[worker].lives,
+            in_haste: self.haste.is_some(),
+            small_pages: false,
         };
-        let child = self.spawner.spawn(role, &self.scene.inherited(self.plan, worker))?;
+        let fds = self.scene.inherited(self.plan, worker);
+        let child = self.spawner.spawn(role, &fds)?;
         let pidfd = child.pidfd.as_raw_fd();
         let member = &mut self.members[worker];
         // From here on the process is ours to end, whatever fails.
@@ -158,6 +175,9 @@ impl<'a> Crew<'a> {
     /// Looks at every worker, replaces the dead, and returns the death words to sleep on, with
     /// their values.
     pub(crate) fn look(&mut self, watch: &Watch) -> Result<Vec<(usize, u32)>, Error> {
+        if !self.is_watching {
+            (self.is_watching, self.haste) = (true, Haste::begin());
+        }
         self.reap_dying();
         let mut words = Vec::with_capacity(self.members.len());
         for worker in 0..self.members.len() {
@@ -336,6 +356,7 @@ impl<'a> Crew<'a> {
     /// Waits for all processes to end, killing them first when the job failed. After this none of
     /// ours is left.
     pub(crate) fn end(&mut self, at_once: bool) {
+        self.haste = None;
         for worker in 0..self.members.len() {
             self.note_recovery(worker);
         }

@@ -172,15 +172,7 @@ impl Attach {
         let Mapped { arena, own, control, files } = mapped;
         let worker = role.worker;
         let segment = &plan.layout.segments[worker];
-        let mut txn = attach_txn(arena, segment.at + segment.log);
-        if description.checkpoints.is_some() {
-            txn.track()?;
-        }
-        let undone = txn.roll_back_with(|| point(Point::RollingBack)).map_err(|word| {
-            Error::Machine(format!("the undo log of worker {worker} is damaged (word {word:#x})"))
-        })?;
-        own.rolled_back.store(undone, Ordering::Relaxed);
-        point(Point::RolledBack);
+        let mut txn = rolled_back(arena, segment.at + segment.log, description, own)?;
         let cells = Cells::open(&mut txn, (segment.at + segment.cells) as u64, CELLS_BYTES as u64)?;
         let mut attach = Self {
             cx: Cx::new(txn, !flow.settings.trust_records),
@@ -747,6 +739,25 @@ pub(crate) fn attach_private(
     // SAFETY: the caller's transaction is over private memory that has these bytes behind its log,
     // and outlives the groups.
     unsafe { groups.attach(txn, 0, txn.base().add(at), bytes) }
+}
+
+/// The transaction, with what a predecessor left open undone.
+fn rolled_back(
+    arena: &'static Arena,
+    log: usize,
+    description: &Description,
+    own: &WorkerHeader,
+) -> Result<Txn, Error> {
+    let mut txn = attach_txn(arena, log);
+    if description.checkpoints.is_some() {
+        txn.track()?;
+    }
+    let undone = txn.roll_back_with(|| point(Point::RollingBack)).map_err(|word| {
+        Error::Machine(format!("the undo log of this worker is damaged (word {word:#x})"))
+    })?;
+    own.rolled_back.store(undone, Ordering::Relaxed);
+    point(Point::RolledBack);
+    Ok(txn)
 }
 
 fn attach_txn(arena: &'static Arena, log: usize) -> Txn {

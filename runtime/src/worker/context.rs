@@ -22,6 +22,12 @@ use testudo_shm::txn::{Place, Txn};
 /// A file that a sink writes, shared with the cut that syncs it.
 pub type SharedFile = Rc<RefCell<File>>;
 
+/// Records that one ring may give in one step, so that no channel starves the others.
+pub(crate) const TURN: usize = 2048;
+
+/// The same in a process's first step; doubled with each that follows.
+const FIRST_TURN: usize = 64;
+
 /// A counter's cell.
 pub type CounterPlace = Place<u64>;
 
@@ -107,6 +113,9 @@ pub struct Cx {
     pub(crate) draining: bool,
     /// Sources do not read for the moment: a savepoint is about to be taken.
     pub(crate) pausing: bool,
+    /// Records that one input may give in this step: few in the first steps of a process, whose
+    /// every access to state is a page fault, so that its peers hear of it soon.
+    pub(crate) turn: usize,
     /// Archived records are validated when taken.
     pub(crate) validate: bool,
     /// The part of its source that the running stage reads, and which parts have ended.
@@ -133,6 +142,7 @@ impl Cx {
             part: 0,
             ended_parts: Vec::new(),
             outputs: Vec::new(),
+            turn: FIRST_TURN,
             validate,
             watermark: 0,
             scratch: Vec::new(),

@@ -21,7 +21,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 
 /// The environment variable that makes a process a worker:
-/// `INDEX:CONTROL_FD:CONTROL_BYTES:ENTRY:LIFE`.
+/// `INDEX:CONTROL_FD:CONTROL_BYTES:ENTRY:LIFE:HASTE:SMALL_PAGES`.
 pub(crate) const ROLE: &str = "TESTUDO_WORKER";
 
 /// Exit code of a worker whose job failed for a reason that a restart does not mend.
@@ -44,6 +44,18 @@ pub(crate) struct Role {
     pub(crate) entry: isize,
     /// How many processes were this worker before.
     pub(crate) life: u64,
+    /// It inherited a raised priority, to be given up after the first step.
+    pub(crate) in_haste: bool,
+    /// Huge pages are turned off for its start.
+    pub(crate) small_pages: bool,
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { worker, control_fd, control_bytes, entry, life, in_haste, small_pages } = self;
+        let flags = (u8::from(*in_haste), u8::from(*small_pages));
+        write!(f, "{worker}:{control_fd}:{control_bytes}:{entry}:{life}:{}:{}", flags.0, flags.1)
+    }
 }
 
 /// The role that the environment gives, if any.
@@ -56,6 +68,8 @@ pub(crate) fn role() -> Option<Role> {
         control_bytes: parts.next()?.parse().ok()?,
         entry: parts.next()?.parse().ok()?,
         life: parts.next()?.parse().ok()?,
+        in_haste: parts.next()? == "1",
+        small_pages: parts.next()? == "1",
     };
     Some(role)
 }
@@ -94,7 +108,10 @@ pub(crate) fn run(role: Role, build: impl FnOnce(&Flow, &str)) -> ! {
 }
 
 fn work(role: Role, build: impl FnOnce(&Flow, &str)) -> Result<(), Error> {
-    settle(role.worker);
+    settle(&role);
+    if role.in_haste {
+        crate::haste::inherited();
+    }
     crate::testing::arm(role.worker, role.life);
     // SAFETY: the supervisor left this descriptor open for us; nothing else in this process knows
     // it.
@@ -107,13 +124,13 @@ fn work(role: Role, build: impl FnOnce(&Flow, &str)) -> Result<(), Error> {
     let flow = Flow::with_surveys(Rc::clone(&settings), description.surveys.clone());
     build(&flow, &description.parameters);
     let (worker, stages) = Attach::worker(role, &description, control, &flow)?;
-    step::run(worker, stages)
+    step::run(worker, stages, role.in_haste)
 }
 
 /// Makes this process what a worker should be: named, deaf to the terminal's signals, and gone with
 /// its parent.
-fn settle(worker: usize) {
-    let name = std::ffi::CString::new(format!("testudo-w{worker}")).unwrap_or_default();
+fn settle(role: &Role) {
+    let name = std::ffi::CString::new(format!("testudo-w{}", role.worker)).unwrap_or_default();
     // SAFETY: plain system calls; name outlives them.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -126,5 +143,8 @@ fn settle(worker: usize) {
         let mut held = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
         libc::sigemptyset(held.as_mut_ptr());
         libc::sigprocmask(libc::SIG_SETMASK, held.as_ptr(), std::ptr::null_mut());
+        if role.small_pages {
+            libc::prctl(libc::PR_SET_THP_DISABLE, 0, 0, 0, 0);
+        }
     }
 }

@@ -15,6 +15,7 @@
 
 use super::StageRef;
 use super::attach::Worker;
+use super::context::TURN;
 use super::cut::Cutter;
 use super::entry::EXIT_FAILED;
 use super::idle::{Waiter, wake_sleepers};
@@ -35,7 +36,7 @@ use testudo_shm::wait;
 const STEPS_BEFORE_PINNING: u64 = 64;
 
 /// Runs steps until the job is over.
-pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error> {
+pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> Result<(), Error> {
     metrics::set_panic_page(worker.last_words);
     let own = worker.header.worker.load(Ordering::Relaxed) as usize;
     let cores = worker.settings.cores.len().max(1);
@@ -56,6 +57,10 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>) -> Result<(), Error
             work = work.max(1);
         }
         steps += 1;
+        if steps == 1 && in_haste {
+            crate::haste::end();
+        }
+        worker.cx.turn = (worker.cx.turn * 2).min(TURN);
         if steps == STEPS_BEFORE_PINNING {
             pin(&worker);
         }
