@@ -26,8 +26,9 @@ pub(crate) struct Outputs {
 impl Outputs {
     /// Claims and empties all outputs of a plan.
     pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
-        let (mut locks, mut claimed) = (Vec::new(), Vec::new());
-        for (output, stage) in &plan.outputs {
+        let mut locks = Vec::new();
+        let mut claimed: Vec<Claimed<'_>> = Vec::new();
+        for (output, operator) in &plan.outputs {
             let lock_path = match &output.parts {
                 None => output.path.clone(),
                 Some(_) => {
@@ -41,22 +42,48 @@ impl Outputs {
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
                 refuse_input(plan, &output.path, &meta)?;
-                if claimed.iter().any(|(other, ..): &(&Output, _, _)| other.path == output.path) {
-                    return Err(Error::Plan(format!(
-                        "two sinks write to {}; give each an output of its own",
-                        output.path.display()
-                    )));
+                let inode = (meta.dev(), meta.ino());
+                if let Some(other) = claimed.iter().find(|other| other.inode == Some(inode)) {
+                    return Err(other.collides(plan, output, *operator));
                 }
                 lock(&file, &output.path, meta.ino())?;
                 locks.push(file);
             }
-            claimed.push((output, plan.stages[*stage].workers.len(), meta.is_file()));
+            let inode = meta.is_file().then(|| (meta.dev(), meta.ino()));
+            claimed.push(Claimed { output, operator: *operator, inode });
         }
         // Only once all are ours: a job that is refused has touched nothing.
-        for (output, parts, is_regular) in claimed {
-            empty(output, parts, is_regular)?;
+        for Claimed { output, operator, inode } in claimed {
+            let parts = plan.stages[plan.operators[operator].stage].workers.len();
+            empty(output, parts, inode.is_some())?;
         }
         Ok(Self { _locks: locks })
+    }
+}
+
+/// An output that this job may write.
+struct Claimed<'a> {
+    output: &'a Output,
+    operator: usize,
+    /// Device and number of what is locked: the file, or the lock file of a folder. Paths may be
+    /// spelled in many ways. `None` for what is no regular file.
+    inode: Option<(u64, u64)>,
+}
+
+impl Claimed<'_> {
+    /// Two sinks with one output, perhaps by two names.
+    fn collides(&self, plan: &Plan, output: &Output, operator: usize) -> Error {
+        let names = [self.operator, operator].map(|operator| &plan.operators[operator].name);
+        let (first, second) = (self.output.path.display(), output.path.display());
+        let also = if self.output.path.as_os_str() == output.path.as_os_str() {
+            String::new()
+        } else {
+            format!(", which is also {second}")
+        };
+        Error::Plan(format!(
+            "sinks {} and {} both write to {first}{also}; give each an output of its own",
+            names[0], names[1]
+        ))
     }
 }
 
