@@ -393,7 +393,7 @@ impl Attach {
             let name = format!("{name}/spill-{}", spill.lane);
             // SAFETY: the plan gives this range of our own segment to this lane alone.
             let spill =
-                unsafe { Spill::attach(&mut self.cx.txn, self.cells, &name, base, SPILL_BYTES) };
+                unsafe { Spill::attach(&mut self.cx.txn, &self.cells, &name, base, SPILL_BYTES) };
             spills.push(spill?);
         }
         Ok(Outlet {
