@@ -34,6 +34,7 @@ pub(crate) struct Draft {
     pub(crate) factories: Vec<Option<Factory>>,
     pub(crate) edges: Vec<EdgeSpec>,
     pub(crate) operators: Vec<OperatorSpec>,
+    /// Each with the operator that writes it.
     pub(crate) outputs: Vec<(Output, usize)>,
     /// Files that sources read.
     pub(crate) inputs: Vec<std::path::PathBuf>,

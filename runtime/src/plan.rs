@@ -170,7 +170,7 @@ pub(crate) struct Plan {
     pub(crate) edges: Vec<EdgeSpec>,
     pub(crate) operators: Vec<OperatorSpec>,
     pub(crate) user_counters: Vec<String>,
-    /// Each with the stage that writes it.
+    /// Each with the operator that writes it.
     pub(crate) outputs: Vec<(Output, usize)>,
     /// Files that sources read.
     pub(crate) inputs: Vec<PathBuf>,

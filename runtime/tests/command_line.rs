@@ -44,6 +44,7 @@ fn main() -> ExitCode {
             the_report_is_for_people_otherwise,
             few_descriptors_mean_fewer_key_groups_and_a_message,
             too_few_descriptors_are_refused,
+            too_few_addresses_are_refused_with_the_limit,
             a_printed_stream_reaches_standard_output_whole,
             every_line_of_standard_input_is_taken_once,
             r13_lines_in_and_out_are_exact_across_kills,
@@ -428,6 +429,18 @@ fn too_few_descriptors_are_refused() {
     assert_eq!(ended.code, Some(4));
     let (_, message) = ended.err.split_once(": ").expect("a message");
     assert_eq!(message, "the job needs 71 descriptors, the limit is 40; raise it with ulimit -n\n");
+}
+
+fn too_few_addresses_are_refused_with_the_limit() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    let job = Cli::new("ordered", &tally::parameters(6000, &output)).args(["--workers", "2"]);
+    let ended = job.under("ulimit -v 4000000 && exec \"$@\"").run();
+    assert_eq!(ended.code, Some(4), "{}", ended.err);
+    for part in ["this process may have 3906 MiB in all (ulimit -v 4000000)", "ulimit -v unlimited"]
+    {
+        assert!(ended.err.contains(part), "{}", ended.err);
+    }
 }
 
 fn a_printed_stream_reaches_standard_output_whole() {

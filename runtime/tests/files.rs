@@ -51,6 +51,7 @@ fn main() -> ExitCode {
             a_second_job_on_an_output_is_refused_and_told_by_whom,
             a_refused_job_has_touched_none_of_its_outputs,
             one_output_for_two_sinks_is_refused,
+            one_output_by_two_names_is_refused_at_once,
             an_output_that_is_an_input_is_refused_and_left_as_it_is,
             every_worker_holds_the_outputs_as_long_as_it_lives,
             an_output_of_a_killed_job_can_be_written_again,
@@ -517,8 +518,36 @@ fn one_output_for_two_sinks_is_refused() {
     assert_eq!(ended.code, Some(3));
     assert_eq!(
         ended.err,
-        format!("job: two sinks write to {}; give each an output of its own\n", text(&case.output))
+        format!(
+            "job: sinks left and right both write to {}; give each an output of its own\n",
+            text(&case.output)
+        )
     );
+}
+
+fn one_output_by_two_names_is_refused_at_once() {
+    let case = Case::new("");
+    let folder = case.output.parent().expect("an output has a folder");
+    let (symbolic, hard) = (folder.join("symbolic"), folder.join("hard"));
+    fs::write(&case.output, "precious").expect("room for an output");
+    std::os::unix::fs::symlink(&case.output, &symbolic).expect("room for a link");
+    fs::hard_link(&case.output, &hard).expect("room for a link");
+    let name = case.output.file_name().expect("an output has a name");
+    for other in [folder.join(".").join(name), symbolic, hard] {
+        let both = format!("{} {}", text(&case.output), text(&other));
+        let (message, code) = run_failing(two_outputs, &both, settings(2));
+        assert_eq!(code, 3);
+        assert_eq!(
+            message,
+            format!(
+                "sinks left and right both write to {}, which is also {}; \
+                 give each an output of its own",
+                text(&case.output),
+                text(&other)
+            )
+        );
+    }
+    assert_eq!(fs::read_to_string(&case.output).expect("the output is there"), "precious");
 }
 
 fn an_output_that_is_an_input_is_refused_and_left_as_it_is() {

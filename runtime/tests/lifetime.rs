@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::process::{Disturber, Held, own_group_and_session, stat, status_kib, workers_of};
+use common::process::{
+    Disturber, Held, own_group_and_session, signal_worker, stat, status_kib, workers_of,
+};
 use common::program::{Cli, Started};
 use common::tally::{self, ordered};
 use common::{
@@ -13,6 +15,7 @@ use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use testudo::prelude::*;
+use testudo::shm::header::WorkerState;
 use testudo::sink::file::Lines;
 
 const JOBS: Jobs = &[
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
             a_worker_that_leaves_by_itself_has_died,
             a_failure_ends_the_job_with_the_operators_name,
             deaths_of_workers_that_lived_long_without_work_do_not_end_the_job,
+            a_worker_that_is_stopped_when_all_is_done_does_not_hold_up_the_end,
         ],
     )
 }
@@ -569,4 +573,63 @@ fn deaths_of_workers_that_lived_long_without_work_do_not_end_the_job() {
     running.stop();
     let report = finish(running).expect("the job survives");
     assert_eq!(report.restarts.len(), rounds);
+}
+
+/// Subtask 0 is done at once, the others when the file is there.
+struct Waiting(String);
+
+impl testudo::source::Source for Waiting {
+    type Out = u64;
+    type Position = u64;
+    type Reader = Waited;
+
+    fn start(&self, _: testudo::source::Subtask) -> u64 {
+        0
+    }
+
+    fn open(&self, subtask: testudo::source::Subtask, _: &u64) -> Result<Waited, String> {
+        Ok(Waited { file: (subtask.index > 0).then(|| self.0.clone()) })
+    }
+}
+
+struct Waited {
+    file: Option<String>,
+}
+
+impl testudo::source::Reader<u64, u64> for Waited {
+    fn read(
+        &mut self,
+        at: &mut u64,
+        _: usize,
+        out: &mut impl testudo::source::Collect<u64>,
+    ) -> Result<testudo::source::Progress, String> {
+        if self.file.as_ref().is_some_and(|file| !Path::new(file).exists()) {
+            let until_ns = testudo::time::now_ns() + 1_000_000;
+            return Ok(testudo::source::Progress::Idle { until_ns });
+        }
+        out.emit(*at);
+        *at += 1;
+        Ok(testudo::source::Progress::End)
+    }
+}
+
+fn waiting(flow: &Flow, file: &str) {
+    flow.source("patience", Waiting(file.into())).for_each(|_| ());
+}
+
+fn a_worker_that_is_stopped_when_all_is_done_does_not_hold_up_the_end() {
+    let folder = folder();
+    let file = folder.path().join("now");
+    let running = start(waiting, &text(&file), settings(2));
+    let view = running.workers().expect("the job starts");
+    let done = view.workers[0];
+    wait_for("a worker that is done", || {
+        let state = done.state.load(testudo::shm::primitive::Ordering::Acquire);
+        (WorkerState::of(state) == WorkerState::Finished).then_some(())
+    });
+    assert!(signal_worker(done, libc::SIGSTOP));
+    fs::write(&file, "").expect("room for a file");
+    let report = finish(running).expect("all was done");
+    assert_eq!((report.records_in, report.restarts.len()), (2, 0));
+    assert!(workers_of(std::process::id()).is_empty(), "processes are left");
 }

@@ -49,7 +49,11 @@ impl Arena {
         // SAFETY: a fresh anonymous PROT_NONE mapping touches nothing that exists.
         let base = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
         if base == libc::MAP_FAILED {
-            return Err(SetupError::last(format!("cannot reserve {len} bytes of address space")));
+            return Err(SetupError::last(format!(
+                "cannot reserve {} GiB of addresses (not memory){}",
+                len.div_ceil(1 << 30),
+                address_limit(len)
+            )));
         }
         Ok(Self { base: base.cast(), len })
     }
@@ -152,6 +156,23 @@ impl Arena {
         // SAFETY: advice on our own reservation.
         unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_HUGEPAGE) };
     }
+}
+
+/// What a limit on addresses has to do with a refusal of `len` bytes, and what to do about it.
+fn address_limit(len: usize) -> String {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is a valid place for the result.
+    let got = unsafe { libc::getrlimit(libc::RLIMIT_AS, &raw mut limit) };
+    if got != 0 || limit.rlim_cur == libc::RLIM_INFINITY {
+        return String::new();
+    }
+    format!(
+        ": this process may have {} MiB in all (ulimit -v {}); \
+         raise that by more than {} GiB, or remove it: ulimit -v unlimited",
+        limit.rlim_cur >> 20,
+        limit.rlim_cur >> 10,
+        len >> 30
+    )
 }
 
 impl Drop for Arena {

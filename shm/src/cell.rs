@@ -3,7 +3,8 @@
 //! after commit.
 //!
 //! The directory is found by name, so a successor (or a new binary) finds its cells whatever order
-//! it asks in.
+//! it asks in. A process looks names up in a map of its own, filled from the directory: attaching
+//! to thousands of cells reads each entry once.
 //!
 //! Invariants:
 //! - the directory's layout is version-stable (R22) and only grows; an entry is complete before the
@@ -16,6 +17,8 @@
 //! Called while attaching; afterwards a cell is just a [`Place`].
 
 use crate::txn::{Place, Plain, Txn};
+use std::cell::RefCell;
+use std::collections::HashMap;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 const MAGIC: u64 = 0x7465_7374_6365_6c31;
@@ -84,10 +87,18 @@ impl std::fmt::Display for CellError {
 impl std::error::Error for CellError {}
 
 /// The directory of one worker's cells.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Cells {
     at: u64,
     len: u64,
+    index: RefCell<Index>,
+}
+
+/// Where names stand in the directory, as far as it was read.
+#[derive(Debug, Default)]
+struct Index {
+    entries: HashMap<u64, u32>,
+    read: u32,
 }
 
 impl Cells {
@@ -96,7 +107,7 @@ impl Cells {
     /// # Errors
     /// [`CellError::Damaged`] when something else is there.
     pub fn open(txn: &mut Txn, at: u64, len: u64) -> Result<Self, CellError> {
-        let cells = Self { at, len };
+        let cells = Self { at, len, index: RefCell::default() };
         let head = txn.get(cells.head(txn));
         match head.magic {
             MAGIC if cells.is_sound(head) => Ok(cells),
@@ -109,7 +120,7 @@ impl Cells {
         }
     }
 
-    fn is_sound(self, head: DirectoryHead) -> bool {
+    fn is_sound(&self, head: DirectoryHead) -> bool {
         let used = u64::from(head.used);
         // An area with no room for cells has a directory all the same.
         let fits = used == DIRECTORY || (used > DIRECTORY && used <= self.len);
@@ -127,7 +138,7 @@ impl Cells {
     ///
     /// # Errors
     /// When the directory is damaged.
-    pub fn export(self, txn: &Txn) -> Result<Vec<(u64, Vec<u8>)>, CellError> {
+    pub fn export(&self, txn: &Txn) -> Result<Vec<(u64, Vec<u8>)>, CellError> {
         let head = txn.get(self.head(txn));
         if head.magic != MAGIC || !self.is_sound(head) {
             return Err(CellError::Damaged);
@@ -149,12 +160,12 @@ impl Cells {
     ///
     /// # Errors
     /// As [`Cells::cell`].
-    pub fn import(self, txn: &mut Txn, name: u64, bytes: &[u8]) -> Result<(), CellError> {
+    pub fn import(&self, txn: &mut Txn, name: u64, bytes: &[u8]) -> Result<(), CellError> {
         let head = txn.get(self.head(txn));
         if !self.is_sound(head) {
             return Err(CellError::Damaged);
         }
-        if (0..head.count).any(|index| txn.get(self.entry(txn, index)).name == name) {
+        if self.find(txn, head.count, name).is_some() {
             return Ok(());
         }
         let Some(offset) = self.append(txn, head, name, bytes.len()) else {
@@ -167,7 +178,7 @@ impl Cells {
     }
 
     /// Adds an entry for a cell of so many bytes: the arena offset of its place.
-    fn append(self, txn: &mut Txn, head: DirectoryHead, name: u64, bytes: usize) -> Option<u64> {
+    fn append(&self, txn: &mut Txn, head: DirectoryHead, name: u64, bytes: usize) -> Option<u64> {
         let used = u64::from(head.used) + bytes.next_multiple_of(8) as u64;
         if used > self.len || u64::from(head.count) == ENTRIES {
             return None;
@@ -179,12 +190,26 @@ impl Cells {
         Some(self.at + u64::from(head.used))
     }
 
-    fn head(self, txn: &Txn) -> Place<DirectoryHead> {
+    fn head(&self, txn: &Txn) -> Place<DirectoryHead> {
         txn.place(self.at)
     }
 
-    fn entry(self, txn: &Txn, index: u32) -> Place<Entry> {
+    fn entry(&self, txn: &Txn, index: u32) -> Place<Entry> {
         txn.place(self.at + 64 + u64::from(index) * size_of::<Entry>() as u64)
+    }
+
+    /// The entry of a name among the first `count`. What the directory gained since the last look
+    /// is read first; if it lost something (a rollback), all of it is.
+    fn find(&self, txn: &Txn, count: u32, name: u64) -> Option<Entry> {
+        let mut index = self.index.borrow_mut();
+        if index.read > count {
+            *index = Index::default();
+        }
+        for at in index.read..count {
+            index.entries.entry(txn.get(self.entry(txn, at)).name).or_insert(at);
+        }
+        index.read = count;
+        index.entries.get(&name).map(|at| txn.get(self.entry(txn, *at)))
     }
 
     /// Finds the cell called `name`, or creates it with `initial`.
@@ -192,7 +217,7 @@ impl Cells {
     /// # Errors
     /// When it has another size, there is no room, or the directory is damaged.
     pub fn cell<T: Plain>(
-        self,
+        &self,
         txn: &mut Txn,
         name: &str,
         initial: T,
@@ -203,21 +228,15 @@ impl Cells {
         if !self.is_sound(head) {
             return Err(CellError::Damaged);
         }
-        for index in 0..head.count {
-            let entry = txn.get(self.entry(txn, index));
-            if entry.name == hash {
-                if entry.bytes != bytes {
-                    return Err(CellError::Size {
-                        name: name.into(),
-                        found: entry.bytes,
-                        wanted: bytes,
-                    });
-                }
-                if !Self::holds(head, entry) {
-                    return Err(CellError::Damaged);
-                }
-                return Ok(txn.place(self.at + u64::from(entry.offset)));
+        if let Some(entry) = self.find(txn, head.count, hash) {
+            if entry.bytes != bytes {
+                let (name, found) = (name.into(), entry.bytes);
+                return Err(CellError::Size { name, found, wanted: bytes });
             }
+            if !Self::holds(head, entry) {
+                return Err(CellError::Damaged);
+            }
+            return Ok(txn.place(self.at + u64::from(entry.offset)));
         }
         let Some(offset) = self.append(txn, head, hash, bytes as usize) else {
             return Err(CellError::Full { name: name.into(), bytes: self.len });

@@ -26,6 +26,7 @@ pub struct Spill {
     len: u64,
     head: Place<u64>,
     tail: Place<u64>,
+    /// No page at or behind this holds memory, as far as this process knows.
     high_water: u64,
     /// The transaction that last emptied the area, and how far it was filled then: until that
     /// commits, a rollback brings the bytes below back.
@@ -51,15 +52,16 @@ impl Spill {
     /// When the cells cannot be opened.
     pub unsafe fn attach(
         txn: &mut Txn,
-        cells: Cells,
+        cells: &Cells,
         name: &str,
         base: *mut u8,
         len: usize,
     ) -> Result<Self, CellError> {
         let head = cells.cell(txn, &format!("{name}/head"), 0u64)?;
         let tail = cells.cell(txn, &format!("{name}/tail"), 0u64)?;
-        let high_water = txn.get(tail);
-        Ok(Self { base, len: len as u64, head, tail, high_water, emptied: None, floor: 0 })
+        // How far earlier lives filled it, and whether they gave the pages back, is not known.
+        let (len, high_water) = (len as u64, len as u64);
+        Ok(Self { base, len, head, tail, high_water, emptied: None, floor: 0 })
     }
 
     /// True when nothing waits here.

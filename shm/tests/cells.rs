@@ -147,3 +147,45 @@ fn a_counter_is_readable_by_whoever_maps_it_and_rolls_back() {
     assert_eq!(memory.words()[(at as usize + 8) / 8], 112, "a label is cut at the entry's end");
     assert_eq!(memory.words()[(at as usize + counters::ENTRY) / 8], 0, "the next one is untouched");
 }
+
+#[test]
+fn as_many_cells_as_a_directory_can_name_are_made_and_found() {
+    const LEN: u64 = DIRECTORY + ENTRIES * 8;
+    const ALL: usize = (AT + LEN).next_multiple_of(4096) as usize;
+    let log = AT as usize;
+    let memory = Memory::new(ALL);
+    let open = || {
+        let base = memory.base();
+        // SAFETY: as in `attach`.
+        let mut txn = unsafe { Txn::attach(base, ALL, base, log, 4096) };
+        must(txn.roll_back());
+        let cells = must(Cells::open(&mut txn, AT, LEN));
+        (txn, cells)
+    };
+    let (mut txn, cells) = open();
+    for n in 0..ENTRIES {
+        must(cells.cell(&mut txn, &format!("cell-{n}"), n));
+        txn.commit();
+    }
+    let (mut txn, cells) = open();
+    for n in (0..ENTRIES).rev() {
+        let place = must(cells.cell(&mut txn, &format!("cell-{n}"), 0u64));
+        assert_eq!(txn.get(place), n);
+    }
+    assert_eq!(txn.logged(), 0, "looking changed something");
+}
+
+#[test]
+fn a_cell_that_this_process_rolled_back_is_made_anew() {
+    let memory = Memory::new(ALL);
+    let (mut txn, cells) = attach(&memory);
+    must(cells.cell(&mut txn, "kept", 1u64));
+    txn.commit();
+    must(cells.cell(&mut txn, "lost", 2u64));
+    must(txn.roll_back());
+    must(cells.cell(&mut txn, "other", 3u64));
+    let place = must(cells.cell(&mut txn, "lost", 4u64));
+    assert_eq!(txn.get(place), 4);
+    let other = must(cells.cell(&mut txn, "other", 9u64));
+    assert_eq!(txn.get(other), 3);
+}

@@ -34,7 +34,7 @@ fn attach(memory: &Memory, area: usize) -> Worker {
         let mut txn = Txn::attach(base, ALL, base, LOG, LOG / 2);
         must(txn.roll_back());
         let cells = must(Cells::open(&mut txn, LOG as u64, CELLS));
-        let spill = must(Spill::attach(&mut txn, cells, "spill", base.add(AREA_AT), area));
+        let spill = must(Spill::attach(&mut txn, &cells, "spill", base.add(AREA_AT), area));
         let next = must(cells.cell(&mut txn, "next", 0u64));
         let tail = must(cells.cell(&mut txn, "tail", 0u64));
         txn.commit();
@@ -290,4 +290,33 @@ fn a_forgotten_spill_is_counted_and_comes_back_with_a_rollback() {
     assert_eq!(worker.spill.discard::<String>(&mut worker.txn), 100);
     worker.txn.commit();
     assert!(attach(&memory, AREA).spill.is_empty(&worker.txn));
+}
+
+#[test]
+fn r12_pages_of_a_spill_that_its_predecessor_emptied_are_given_back() {
+    let memory = Memory::new(ALL);
+    let mut worker = attach(&memory, AREA);
+    let value = "z".repeat(1000);
+    while worker.spill.backlog(&worker.txn) < 4 << 20 {
+        must(push(&mut worker, &value));
+        worker.txn.commit();
+    }
+    let all = worker.spill.backlog(&worker.txn) as usize;
+    worker.spill.drained(&mut worker.txn, all);
+    worker.txn.commit();
+    // It dies before it gave anything back; so does one that held a little since.
+    let mut worker = attach(&memory, AREA);
+    must(push(&mut worker, &value));
+    worker.txn.commit();
+    let mut worker = attach(&memory, AREA);
+    worker.spill.trim(&worker.txn);
+    assert_eq!(waiting::<String>(&worker), [value], "what waits was dropped");
+    let all = worker.spill.backlog(&worker.txn) as usize;
+    worker.spill.drained(&mut worker.txn, all);
+    worker.txn.commit();
+    worker.spill.trim(&worker.txn);
+    for at in [0, 1 << 20, (4 << 20) - 8] {
+        // SAFETY: inside the mapping.
+        assert_eq!(unsafe { memory.base().add(AREA_AT + at).read_volatile() }, 0, "kept {at}");
+    }
 }

@@ -207,7 +207,7 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         let stage = self.stage;
         let operator = self.flow.add_operator(stage, name, "sink");
         if let Some(output) = sink.claims() {
-            self.flow.draft.borrow_mut().outputs.push((output, stage));
+            self.flow.draft.borrow_mut().outputs.push((output, operator));
         }
         self.finish(Box::new(move |attach, chain: C| {
             let subtask = attach.subtask(stage);

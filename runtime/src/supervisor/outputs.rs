@@ -32,8 +32,9 @@ pub(crate) struct Outputs {
 impl Outputs {
     /// Claims all outputs of a plan. A job that is refused has touched none of them.
     pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
-        let (mut locks, mut claimed) = (Vec::new(), Vec::new());
-        for (output, _) in &plan.outputs {
+        let mut locks = Vec::new();
+        let mut claimed: Vec<Claimed<'_>> = Vec::new();
+        for (output, operator) in &plan.outputs {
             let lock_path = match &output.parts {
                 None => output.path.clone(),
                 Some(_) => {
@@ -47,25 +48,25 @@ impl Outputs {
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
                 refuse_input(plan, &output.path, &meta)?;
-                if claimed.iter().any(|(other, _): &(&Output, _)| other.path == output.path) {
-                    return Err(Error::Plan(format!(
-                        "two sinks write to {}; give each an output of its own",
-                        output.path.display()
-                    )));
+                let inode = (meta.dev(), meta.ino());
+                if let Some(other) = claimed.iter().find(|other| other.inode == Some(inode)) {
+                    return Err(other.collides(plan, output, *operator));
                 }
                 lock(&file, &output.path, meta.ino())?;
                 locks.push(file);
             }
-            claimed.push((output, meta.is_file()));
+            let inode = meta.is_file().then(|| (meta.dev(), meta.ino()));
+            claimed.push(Claimed { output, operator: *operator, inode });
         }
-        let is_regular = claimed.into_iter().map(|(_, is_regular)| is_regular).collect();
+        let is_regular = claimed.into_iter().map(|claimed| claimed.inode.is_some()).collect();
         Ok(Self { _locks: locks, is_regular })
     }
 
     /// Empties all outputs: the job begins.
     pub(crate) fn empty(&self, plan: &Plan) -> Result<(), Error> {
-        for ((output, stage), is_regular) in plan.outputs.iter().zip(&self.is_regular) {
-            empty(output, plan.stages[*stage].workers.len(), *is_regular)?;
+        for ((output, operator), is_regular) in plan.outputs.iter().zip(&self.is_regular) {
+            let stage = plan.operators[*operator].stage;
+            empty(output, plan.stages[stage].workers.len(), *is_regular)?;
         }
         Ok(())
     }
@@ -74,17 +75,18 @@ impl Outputs {
     /// more end where the checkpoint knows them; parts of new ones begin. (Those that go on are cut
     /// back by the workers that write them.)
     pub(crate) fn go_on(plan: &Plan, resumed: &Resumed) -> Result<(), Error> {
-        for (output, stage) in &plan.outputs {
+        for (output, operator) in &plan.outputs {
             let Some(extension) = &output.parts else { continue };
-            let was = resumed.restore.stages.get(*stage).copied().unwrap_or(0);
-            let count = plan.stages[*stage].workers.len();
+            let stage = plan.operators[*operator].stage;
+            let was = resumed.restore.stages.get(stage).copied().unwrap_or(0);
+            let count = plan.stages[stage].workers.len();
             let part = |subtask| output.path.join(part_name(subtask, extension));
             for subtask in was..count {
                 begin(&part(subtask), output.header.as_deref())?;
             }
             for subtask in count..was {
                 let path = part(subtask);
-                let Some(end) = resumed.position(plan, *stage, subtask) else { continue };
+                let Some(end) = resumed.position(plan, *operator, subtask) else { continue };
                 let file = OpenOptions::new().write(true).open(&path);
                 let file = file.map_err(|error| refuse(&path, &error))?;
                 let found = file.metadata().map_err(|error| refuse(&path, &error))?.len();
@@ -109,6 +111,32 @@ fn begin(path: &Path, header: Option<&str>) -> Result<(), Error> {
         writeln!(file, "{header}").map_err(|error| refuse(path, &error))?;
     }
     Ok(())
+}
+
+/// An output that this job may write.
+struct Claimed<'a> {
+    output: &'a Output,
+    operator: usize,
+    /// Device and number of what is locked: the file, or the lock file of a folder. Paths may be
+    /// spelled in many ways. `None` for what is no regular file.
+    inode: Option<(u64, u64)>,
+}
+
+impl Claimed<'_> {
+    /// Two sinks with one output, perhaps by two names.
+    fn collides(&self, plan: &Plan, output: &Output, operator: usize) -> Error {
+        let names = [self.operator, operator].map(|operator| &plan.operators[operator].name);
+        let (first, second) = (self.output.path.display(), output.path.display());
+        let also = if self.output.path.as_os_str() == output.path.as_os_str() {
+            String::new()
+        } else {
+            format!(", which is also {second}")
+        };
+        Error::Plan(format!(
+            "sinks {} and {} both write to {first}{also}; give each an output of its own",
+            names[0], names[1]
+        ))
+    }
 }
 
 /// An output that is also an input would be emptied before it is read.

@@ -20,7 +20,7 @@ use crate::time::now_ns;
 use crate::worker::attach::last_words;
 use crate::worker::entry::{EXIT_FAILED, Role};
 use std::os::fd::AsRawFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use testudo_shm::death;
 use testudo_shm::header::WorkerState;
 use testudo_shm::primitive::Ordering;
@@ -30,6 +30,10 @@ const PAUSE: Duration = Duration::from_millis(2);
 
 /// A life this long was sound, even if there was nothing to commit in it.
 const SOUND_LIFE_NS: u64 = 10_000_000_000;
+
+/// Time that workers have to leave when all is done: one may be stopped, or stuck in code that runs
+/// at its exit.
+const LEAVING: Duration = Duration::from_secs(5);
 
 /// Longest such pause.
 const PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -353,8 +357,8 @@ impl<'a> Crew<'a> {
         due.into_iter().chain(soon).min()
     }
 
-    /// Waits for all processes to end, killing them first when the job failed. After this none of
-    /// ours is left.
+    /// Waits for all processes to end, for a bounded time, killing them first when the job failed.
+    /// After this none of ours is left.
     pub(crate) fn end(&mut self, at_once: bool) {
         self.haste = None;
         for worker in 0..self.members.len() {
@@ -365,8 +369,19 @@ impl<'a> Crew<'a> {
                 kill(child.pid);
             }
         }
-        for member in &mut self.members {
+        let begun = Instant::now();
+        for (worker, member) in self.members.iter_mut().enumerate() {
             if let Some(child) = member.child.take() {
+                // Nothing but the end of the process is missing: all that it did is committed.
+                if !at_once && !child.ends_within(LEAVING.saturating_sub(begun.elapsed())) {
+                    eprintln!(
+                        "testudo: worker {worker} (process {}) was done but did not leave within \
+                         {} s; it was killed, and nothing is lost",
+                        child.pid,
+                        LEAVING.as_secs()
+                    );
+                    kill(child.pid);
+                }
                 reap(child.pid, true);
             }
         }

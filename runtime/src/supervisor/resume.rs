@@ -183,10 +183,9 @@ impl Chosen {
 
 impl Resumed {
     /// How far a subtask's sink had written: the first eight bytes of its position.
-    pub(crate) fn position(&self, plan: &Plan, stage: usize, subtask: usize) -> Option<u64> {
-        let sinks = plan.operators.iter();
-        let sink = sinks.filter(|operator| operator.stage == stage).find(|o| o.kind == "sink")?;
-        let worker = worker_of(plan, &self.restore.stages, self.old.len(), stage, subtask);
+    pub(crate) fn position(&self, plan: &Plan, operator: usize, subtask: usize) -> Option<u64> {
+        let sink = &plan.operators[operator];
+        let worker = worker_of(plan, &self.restore.stages, self.old.len(), sink.stage, subtask);
         let old = self.old.iter().find(|old| old.worker == worker)?;
         let cell = old.cells.get(&name_hash(&format!("{}/position", sink.uid())))?;
         Some(u64::from_le_bytes(cell.get(..8)?.try_into().ok()?))

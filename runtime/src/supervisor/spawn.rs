@@ -9,8 +9,9 @@
 use crate::error::Error;
 use crate::worker::entry::{ROLE, Role};
 use std::ffi::{CString, OsString};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
+use std::time::{Duration, Instant};
 
 /// A started worker process.
 #[derive(Debug)]
@@ -18,6 +19,24 @@ pub(crate) struct Child {
     pub(crate) pid: i32,
     /// Readable once the process has ended.
     pub(crate) pidfd: OwnedFd,
+}
+
+impl Child {
+    /// Waits until the process has ended, so long at most; whether it has.
+    pub(crate) fn ends_within(&self, limit: Duration) -> bool {
+        let mut poll =
+            libc::pollfd { fd: self.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let until = Instant::now() + limit;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let millis = i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
+            // SAFETY: poll is a valid place for the one entry that it is said to have.
+            let ready = unsafe { libc::poll(&raw mut poll, 1, millis) };
+            if ready >= 0 || left.is_zero() {
+                return ready > 0;
+            }
+        }
+    }
 }
 
 /// What all workers of a job are started with.

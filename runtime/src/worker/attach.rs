@@ -89,7 +89,7 @@ pub struct Worker {
 /// The state of attaching, handed to everything that is built for this worker.
 pub struct Attach {
     pub(crate) cx: Cx,
-    pub(crate) cells: Cells,
+    pub(crate) cells: Rc<Cells>,
     pub(crate) plan: Rc<Plan>,
     pub(crate) settings: Rc<Settings>,
     pub(crate) worker: usize,
@@ -176,7 +176,7 @@ impl Attach {
         let cells = Cells::open(&mut txn, (segment.at + segment.cells) as u64, CELLS_BYTES as u64)?;
         let mut attach = Self {
             cx: Cx::new(txn, !flow.settings.trust_records),
-            cells,
+            cells: Rc::new(cells),
             plan: Rc::clone(&plan),
             settings: Rc::clone(&flow.settings),
             worker,
@@ -436,7 +436,7 @@ impl Attach {
             let name = format!("{name}/spill-{}", spill.lane);
             // SAFETY: the plan gives this range of our own segment to this lane alone.
             let spill =
-                unsafe { Spill::attach(&mut self.cx.txn, self.cells, &name, base, SPILL_BYTES) };
+                unsafe { Spill::attach(&mut self.cx.txn, &self.cells, &name, base, SPILL_BYTES) };
             spills.push(spill?);
         }
         Ok(Outlet {

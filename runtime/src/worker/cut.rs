@@ -24,6 +24,7 @@ use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::rc::Rc;
 use testudo_shm::cell::Cells;
 use testudo_shm::header::{CutFailure, CutWords, RegionWords};
 use testudo_shm::primitive::Ordering;
@@ -72,7 +73,7 @@ pub(crate) struct CutPlan {
     pub(crate) folder: PathBuf,
     /// Copies of blocks at most, in blocks.
     pub(crate) copies_max: usize,
-    pub(crate) cells: Cells,
+    pub(crate) cells: Rc<Cells>,
     pub(crate) counters: Vec<(String, Place<u64>)>,
     pub(crate) parts: Vec<Part>,
     /// By arena offset, ascending.

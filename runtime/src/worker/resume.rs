@@ -305,7 +305,7 @@ impl Attach {
             stages: self.plan.stages.iter().map(|stage| stage.workers.len()).collect(),
             folder: checkpoints.folder.clone(),
             copies_max: self.settings.checkpoint_memory / BLOCK,
-            cells: self.cells,
+            cells: Rc::clone(&self.cells),
             counters: self.counters.clone(),
             parts: std::mem::take(&mut self.parts),
             held,
