@@ -2,8 +2,8 @@
 //! page that is not there, and a helper thread brings the bytes (userfaultfd).
 //!
 //! Works on pages that a memfd never had (or lost by punching); pages that were reserved read as
-//! zeros and raise no fault (R16), so nothing here is ever reserved. A page that is there stays what
-//! it is, so a process that takes a segment over goes on where its predecessor died.
+//! zeros and raise no fault (R16), so nothing here is ever reserved. A page that is there stays
+//! what it is, so a process that takes a segment over goes on where its predecessor died.
 //!
 //! Invariants: bytes come from private memory and are put in place by the kernel in one piece: no
 //! one sees half a page; a page that is there already is never overwritten.

@@ -85,6 +85,29 @@ fn workers(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resu
     Ok(())
 }
 
+fn checkpoints(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
+    let Some(folder) = &settings.checkpoint_dir else {
+        return writeln!(
+            out,
+            "\ncheckpoints none (no --checkpoint-dir): a crash of the machine loses the state"
+        );
+    };
+    let limit =
+        |bytes: Option<u64>| bytes.map_or("none".into(), |bytes| format!("{bytes} bytes/s"));
+    writeln!(out, "\ncheckpoints in {}", folder.display())?;
+    writeln!(out, "  schedule                   {}", settings.checkpoints)?;
+    writeln!(out, "  regions                    {}", plan.regions.count())?;
+    writeln!(
+        out,
+        "  memory of a worker         {} bytes of staging, {} bytes for blocks that change meanwhile",
+        crate::worker::save::STAGING_BYTES,
+        settings.checkpoint_memory
+    )?;
+    writeln!(out, "  bandwidth, all workers     {}", limit(settings.checkpoint_bandwidth))?;
+    writeln!(out, "  bandwidth of loading       {}", limit(settings.load_bandwidth))?;
+    writeln!(out, "  deadline of a region       {:?}", settings.checkpoint_deadline)
+}
+
 fn limits(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
     let layout = &plan.layout;
     let groups: usize = layout.groups.iter().map(|groups| groups.groups).sum();
@@ -122,6 +145,7 @@ fn limits(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resul
         "  restart budget             {} deaths in a row without a commit",
         settings.restart_budget
     )?;
+    checkpoints(plan, settings, out)?;
     let full = match settings.completeness {
         Completeness::Full => "full: producers wait for a dead consumer once its ring is full",
         Completeness::Partial => {

@@ -292,8 +292,8 @@ where
         true
     }
 
-    /// Where firing a window begins from a group on: group, slice and slot. Groups that had fired it
-    /// with an earlier owner are passed over.
+    /// Where firing a window begins from a group on: group, slice and slot. Groups that had fired
+    /// it with an earlier owner are passed over.
     fn first_of(&self, group: i64, end: i64) -> (i64, i64, i64) {
         let mut group = group;
         while self.before.get(group as usize).is_some_and(|before| before.upto >= end) {

@@ -9,9 +9,9 @@
 //! ```
 //!
 //! Invariants:
-//! - the epoch is loaded after the tails of the same step (R5), and the snapshot is the step's first
-//!   act: nothing that was sent after the sender's cut was taken before ours;
-//! - nobody waits for this worker, and it waits for no other: what a peer's death leaves open fails;
+//! - the epoch is loaded after the tails of the same step (R5), and the snapshot is the step's
+//!   first act: nothing that was sent after the sender's cut was taken before ours;
+//! - nobody waits for this worker, and it waits for no other: what a death leaves open fails;
 //! - a cut that failed, or that no complete checkpoint refers to, leaves its blocks changed: the
 //!   next file holds them again, and no file ever refers to one that may be removed.
 //!
@@ -197,7 +197,7 @@ impl Ledger {
         needed.into_iter().map(|file| file.file.clone()).collect()
     }
 
-    /// The file that is best written again: more than half of it is outdated, or there are too many.
+    /// The file that is best written again: more than half of it is outdated, or there are many.
     fn wasteful(&self) -> Option<u32> {
         let live = self.files.iter().enumerate().filter(|(_, file)| file.live > 0);
         let count = live.clone().count();

@@ -1,7 +1,7 @@
 //! Another shape: what a job's parts inherit when it goes on with other numbers of subtasks than it
 //! was stopped with.
 //!
-//! A stage whose number of subtasks is what it was inherits its cells subtask by subtask. Elsewhere:
+//! A stage whose number of subtasks is what it was inherits its cells one by one. Elsewhere:
 //! a watermark is the lowest of the old subtasks'; the parts of a source are dealt out, and each
 //! keeps its own position; a sink's file goes on with the subtask of its number; and of a window
 //! that was firing, each key group remembers how far it got.

@@ -1,6 +1,6 @@
 //! Restoring: what the checkpoint that the job goes on from holds for this worker.
 //!
-//! Two cases. *Same shape*: the same stages on the same workers; every cell means what it meant, and
+//! Two cases. *Same shape*: the same stages on the same workers; each cell means what it meant, and
 //! bytes in flight go to the subtask that they were on their way to. *Another shape*: state goes to
 //! the owners of its key groups, records in flight are routed again, source parts and sinks'
 //! positions are dealt out anew, and everything that only described the old shape begins afresh.

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use testudo_state::disk::{BLOCK, BUFFER_BYTES, Buffer, Disk, Done, FileId, Op, Outcome, Pool};
 
 /// Staging memory of a worker.
-const STAGING_BYTES: usize = 4 << 20;
+pub(crate) const STAGING_BYTES: usize = 4 << 20;
 
 /// Writes region files, one at a time.
 pub(crate) struct Saver {
@@ -86,8 +86,8 @@ impl Saver {
         Self { disk, pool, nanos_per_byte, next_ns: 0.0, file: None, done: Vec::new() }
     }
 
-    /// Begins a file that will have at least so many bytes; the last one must be over. `outputs` are
-    /// synced along with it.
+    /// Begins a file that will have at least so many bytes; the last one must be over. `outputs`
+    /// are synced along with it.
     pub(crate) fn begin(&mut self, path: &Path, bytes: u64, outputs: Vec<OwnedFd>) {
         debug_assert!(self.file.is_none());
         let mut file = Open {

@@ -92,7 +92,8 @@ impl fmt::Display for StoreError {
             Self::NoRoots { folder, manifest } => write!(
                 f,
                 "checkpoint folder {} has {manifest} but no file \"{ROOTS}\", so nothing says \
-                 which checkpoint is the newest; bring the file back from a copy, or name the checkpoint \
+                 which checkpoint is the newest; bring the file back from a copy, or name the \
+                 checkpoint \
                  with --resume-from and give another --checkpoint-dir",
                 folder.display()
             ),
