@@ -20,6 +20,7 @@
 use super::context::{Cx, InRing, Origin};
 use super::save::{Saved, Saver};
 use crate::checkpoint::notes::{self, Flight, Notes, Part, Spilled};
+use crate::testing::{Point, point};
 use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -328,6 +329,7 @@ impl Cutter {
             begun_ns: now_ns(),
             pause_ns: thread_ns() - begun_cpu,
         });
+        point(Point::CutBegun);
     }
 
     fn add_header(&mut self, writer: &RegionWriter) {
@@ -425,7 +427,9 @@ impl Cutter {
             self.fill(cx);
         }
         if let Some(saved) = self.saver.pump(now_ns) {
+            point(Point::CutSynced);
             self.acknowledge(cx, saved);
+            point(Point::CutAcknowledged);
             return true;
         }
         false
@@ -484,7 +488,10 @@ impl Cutter {
                             open.stage = Stage::Flights;
                             false
                         }
-                        Some(is_state) => is_state,
+                        Some(is_state) => {
+                            point(Point::CutCopied);
+                            is_state
+                        }
                     }
                 }
                 Stage::Flights => {
@@ -499,6 +506,7 @@ impl Cutter {
                     if !open.copying.is_empty() {
                         return;
                     }
+                    point(Point::CutReleased);
                     open.add_notes();
                     open.stage = Stage::Blobs;
                     false
