@@ -198,7 +198,9 @@ impl<'a> Crew<'a> {
         let commits = header.commits.load(Ordering::Acquire);
         let attached = header.attached_ns.load(Ordering::Acquire);
         let is_its_own = header.pid.load(Ordering::Relaxed) == child.pid as u32;
-        let lived_long = is_its_own && seen_ns.saturating_sub(attached) > SOUND_LIFE_NS;
+        // 0 until it is attached: who dies before that has not lived at all.
+        let lived_long =
+            is_its_own && attached > 0 && seen_ns.saturating_sub(attached) > SOUND_LIFE_NS;
         let is_repeated = commits == member.commits && !lived_long;
         member.deaths = if is_repeated { member.deaths + 1 } else { 1 };
         member.commits = commits;
