@@ -79,6 +79,8 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
                     eprintln!("testudo: {damage}");
                 }
                 if !damages.is_empty() {
+                    // A crash must not find the other one again when outputs are back here.
+                    store.adopt(&candidate.name).map_err(failed)?;
                     eprintln!("testudo: going on from checkpoint {} instead", manifest.id);
                 }
                 return Ok(Some(chosen));
