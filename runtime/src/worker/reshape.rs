@@ -257,8 +257,7 @@ impl Attach {
             let mut txn = Txn::on_heap(&mut memory, log);
             let schema = spec.state.map_or(0, |state| state.schema);
             let groups = Groups::new(&spec.name, 1, schema, Rc::new(Gauge::unlimited()));
-            super::attach::attach_private(&groups, &mut txn, log * 8, room)
-                .map_err(failed)?;
+            super::attach::attach_private(&groups, &mut txn, log * 8, room).map_err(failed)?;
             visit(&mut txn, &groups, self).map_err(failed)?;
         }
         Ok(())

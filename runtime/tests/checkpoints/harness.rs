@@ -1,7 +1,6 @@
 //! A job and its checkpoint folder over several lives, each a program in a process group of its own
 //! that is killed as a whole, or runs to its end.
 
-use super::common::process::{self, end_with_us};
 use super::common::program::{Cli, Ended, Started};
 use super::common::{Random, folder, sorted_lines, sorted_parts, text, wait_for};
 use super::jobs::Asked;
@@ -39,13 +38,22 @@ impl Scene {
 
     /// A life under another job's name, with parameters of its own.
     pub fn life_as(&self, job: &str, parameters: &str, workers: usize) -> Cli {
+        self.life_without_interval(job, parameters, workers).args(["--checkpoint-interval", "10ms"])
+    }
+
+    fn life_without_interval(&self, job: &str, parameters: &str, workers: usize) -> Cli {
         let (workers, checkpoints) = (workers.to_string(), text(&self.checkpoints()));
         Cli::new(job, parameters)
             .own_group()
             .args(["--workers", &workers, "--key-groups", "16", "--ring-bytes", "16KiB"])
-            .args(["--checkpoint-dir", &checkpoints, "--checkpoint-interval", "10ms"])
-            .args(["--no-progress", "--report", "json"])
+            .args(["--checkpoint-dir", &checkpoints, "--no-progress", "--report", "json"])
             .args(self.args.iter().map(String::as_str))
+    }
+
+    /// As [`Scene::resumed`], where the arguments say themselves when checkpoints are taken.
+    pub fn resumed_without_interval(&self, workers: usize, pace: u64) -> Cli {
+        let parameters = Asked::text(self.total, pace, &self.files);
+        self.life_without_interval(self.job, &parameters, workers).args(["--resume"])
     }
 
     /// The same, going on from the newest checkpoint.
@@ -171,4 +179,11 @@ pub fn names(folder: &Path) -> Vec<String> {
 pub fn bytes_in(folder: &Path) -> u64 {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries.filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+}
+
+/// Changes one byte of a file.
+pub fn flip(path: &Path, at: u64) {
+    let mut bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    bytes[at as usize] ^= 0x10;
+    std::fs::write(path, bytes).expect("our own file");
 }
