@@ -266,8 +266,11 @@ impl Cutter {
     #[cold]
     fn begin(&mut self, cx: &mut Cx, epoch: u64) {
         if self.open.is_some() {
-            // The coordinator has given the last one up. Its file is closed first.
+            // The coordinator has given the last one up, and its file is not closed yet. This one
+            // cannot begin later instead: what others send after theirs would be taken before ours.
             self.give_up(cx, CutFailure::Peer);
+            self.epoch = epoch;
+            self.words.joined.store(epoch, Ordering::Release);
             return;
         }
         let begun_cpu = thread_ns();
