@@ -274,8 +274,9 @@ impl Loader {
         Arc::clone(&self.left)
     }
 
-    /// Brings everything. Returns when all is there.
-    pub(crate) fn run(mut self) -> Result<(), Error> {
+    /// Brings everything. Returns when all is there. After an error the process must end with the
+    /// loader still there: once nobody watches, who waits for a page goes on with zeros.
+    pub(crate) fn run(&mut self) -> Result<(), Error> {
         let (disk, _) = open_disk(self.load.disk)?;
         // Who already waits need not wait for the list of all pages.
         self.answer(Duration::ZERO)?;

@@ -166,7 +166,7 @@ impl Attach {
 
     /// Pages come when they are touched; a helper thread brings them.
     fn load_lazily(&mut self, load: Load) -> Result<Arc<AtomicU64>, Error> {
-        let loader = Loader::new(load, self.arena)?;
+        let mut loader = Loader::new(load, self.arena)?;
         let left = loader.left();
         let (header, words) = self.pages();
         spawn_armed(move || {
