@@ -21,6 +21,7 @@ use crate::checkpoint::schedule::{Schedule, Timer};
 use crate::config::{DiskChoice, Settings};
 use crate::error::Error;
 use crate::plan::{Grouping, Plan};
+use crate::testing::{Point, arm_supervisor, point};
 use crate::time::{now_ns, unix_ms};
 use crate::worker::restore::open_disk;
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
@@ -58,6 +59,7 @@ impl StoreThread {
         let (opened, is_open) = bounded(1);
         let folder = folder.to_owned();
         let work = move || {
+            arm_supervisor();
             let store = open_disk(disk).and_then(|(disk, why)| {
                 if let Some(why) = why {
                     eprintln!("testudo: checkpoints: {why}");
@@ -364,7 +366,10 @@ impl Checkpointer {
         let manifest = self.manifest(id, kind, parts, plan);
         let (send, events) = (self.sealed.0.clone(), Arc::clone(&self.events));
         self.store.post(move |store| {
-            let result = store.commit(&manifest).map(|_| ()).map_err(|error| error.to_string());
+            point(Point::BeforeSeal);
+            let result = store.commit_with(&manifest, || point(Point::ManifestWritten));
+            point(Point::RootWritten);
+            let result = result.map(|_| ()).map_err(|error| error.to_string());
             let _ = send.send((id, result));
             events.bump();
         });
@@ -436,6 +441,7 @@ impl Checkpointer {
         let mut held: Vec<FileRef> = known.map(|snapshot| snapshot.file.clone()).collect();
         held.extend(self.resumed.iter().cloned());
         self.store.post(move |store| {
+            point(Point::BeforeRetire);
             // What stays is removed another time: nothing depends on it.
             let _ = store.retire(&Keep { running_epoch, held: &held });
         });

@@ -244,7 +244,9 @@ impl<'a> Crew<'a> {
         let commits = header.commits.load(Ordering::Acquire);
         let attached = header.attached_ns.load(Ordering::Acquire);
         let is_its_own = header.pid.load(Ordering::Relaxed) == child.pid as u32;
-        let lived_ns = if is_its_own { seen_ns.saturating_sub(attached) } else { 0 };
+        // `attached` is 0 until it is: who dies before that has not lived at all.
+        let has_lived = is_its_own && attached > 0;
+        let lived_ns = if has_lived { seen_ns.saturating_sub(attached) } else { 0 };
         let deaths = member.deaths.note(commits, lived_ns);
         let pause = if deaths > 1 {
             (PAUSE * (1 << deaths.min(16))).min(PAUSE_MAX)

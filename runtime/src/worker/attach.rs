@@ -782,6 +782,7 @@ fn announce(header: &WorkerHeader, worker: usize, description: &Description) {
     header.incarnation.fetch_add(1, Ordering::Relaxed);
     header.pid.store(std::process::id(), Ordering::Relaxed);
     header.first_commit_ns.store(0, Ordering::Relaxed);
+    header.attached_ns.store(0, Ordering::Relaxed);
     header.sleeping.store(0, Ordering::Relaxed);
     header.state.store(WorkerState::Attaching as u32, Ordering::Release);
 }

@@ -20,6 +20,7 @@
 use super::context::{Cx, InRing, Origin};
 use super::save::{Saved, Saver};
 use crate::checkpoint::notes::{self, Flight, Notes, Part, Spilled};
+use crate::testing::{Point, point};
 use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -266,8 +267,11 @@ impl Cutter {
     #[cold]
     fn begin(&mut self, cx: &mut Cx, epoch: u64) {
         if self.open.is_some() {
-            // The coordinator has given the last one up. Its file is closed first.
+            // The coordinator has given the last one up, and its file is not closed yet. This one
+            // cannot begin later instead: what others send after theirs would be taken before ours.
             self.give_up(cx, CutFailure::Peer);
+            self.epoch = epoch;
+            self.words.joined.store(epoch, Ordering::Release);
             return;
         }
         let begun_cpu = thread_ns();
@@ -329,6 +333,7 @@ impl Cutter {
             begun_ns: now_ns(),
             pause_ns: thread_ns() - begun_cpu,
         });
+        point(Point::CutBegun);
     }
 
     fn add_header(&mut self, writer: &RegionWriter) {
@@ -426,7 +431,9 @@ impl Cutter {
             self.fill(cx);
         }
         if let Some(saved) = self.saver.pump(now_ns) {
+            point(Point::CutSynced);
             self.acknowledge(cx, saved);
+            point(Point::CutAcknowledged);
             return true;
         }
         false
@@ -485,7 +492,10 @@ impl Cutter {
                             open.stage = Stage::Flights;
                             false
                         }
-                        Some(is_state) => is_state,
+                        Some(is_state) => {
+                            point(Point::CutCopied);
+                            is_state
+                        }
                     }
                 }
                 Stage::Flights => {
@@ -500,6 +510,7 @@ impl Cutter {
                     if !open.copying.is_empty() {
                         return;
                     }
+                    point(Point::CutReleased);
                     open.add_notes();
                     open.stage = Stage::Blobs;
                     false

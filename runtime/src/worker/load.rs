@@ -15,6 +15,7 @@
 use super::restore::open_disk;
 use crate::config::DiskChoice;
 use crate::error::Error;
+use crate::testing::{Point, point};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -69,7 +70,9 @@ impl Load {
     pub(crate) fn at_once(&self, put: &mut Put<'_>) -> Result<(), Error> {
         let (disk, _) = open_disk(self.disk)?;
         let mut stream = Stream::new(self, disk);
-        while stream.advance(self, true, put)? {}
+        while stream.advance(self, true, put)? {
+            point(Point::Loading);
+        }
         Ok(())
     }
 
@@ -271,8 +274,9 @@ impl Loader {
         Arc::clone(&self.left)
     }
 
-    /// Brings everything. Returns when all is there.
-    pub(crate) fn run(mut self) -> Result<(), Error> {
+    /// Brings everything. Returns when all is there. After an error the process must end with the
+    /// loader still there: once nobody watches, who waits for a page goes on with zeros.
+    pub(crate) fn run(&mut self) -> Result<(), Error> {
         let (disk, _) = open_disk(self.load.disk)?;
         // Who already waits need not wait for the list of all pages.
         self.answer(Duration::ZERO)?;
@@ -283,6 +287,9 @@ impl Loader {
             let mut put = |at: usize, bytes: &[u8]| bring(missing, at, bytes);
             if !stream.advance(&self.load, false, &mut put)? {
                 break;
+            }
+            if stream.bytes > 0 {
+                point(Point::Loading);
             }
             if stream.done.is_empty() {
                 self.answer(Duration::from_millis(1))?;

@@ -22,6 +22,7 @@ use testudo_shm::hash::name_hash;
 use testudo_shm::txn::{Place, Plain, Txn};
 use testudo_shm::zerocopy::{FromBytes, IntoBytes};
 use testudo_state::checkpoint::SegmentKey;
+use testudo_state::disk::BLOCK;
 use testudo_state::{Gauge, Groups, StateError};
 
 /// The worker that ran a subtask in a job of these stages. Stages with workers of their own come
@@ -242,20 +243,21 @@ impl Attach {
             found.extend(keys.filter(|(key, _)| is_wanted(key)).map(|(key, b)| (index, key, b)));
         }
         let failed = |error: StateError| Error::job(&spec.name, error.to_string());
-        for (old, key, bytes) in found {
+        // A segment that was never formatted has nothing to take over.
+        for (old, key, bytes) in found.into_iter().filter(|(_, _, bytes)| *bytes > 0) {
             let Some(mut restored) = self.restored.take() else { break };
             let read = restored.segment_bytes(old, &key, 0, bytes);
             self.restored = Some(restored);
             // The log first, then the segment with room to be looked at.
             let (read, log) = (read?, 16 << 10);
-            let mut memory = vec![0u64; log + read.len() / 8 + 512];
+            let room = read.len() + BLOCK;
+            let mut memory = vec![0u64; log + room.div_ceil(8)];
             let end = log * 8 + read.len();
             memory.as_mut_bytes()[log * 8..end].copy_from_slice(&read);
             let mut txn = Txn::on_heap(&mut memory, log);
             let schema = spec.state.map_or(0, |state| state.schema);
             let groups = Groups::new(&spec.name, 1, schema, Rc::new(Gauge::unlimited()));
-            super::attach::attach_private(&groups, &mut txn, log * 8, read.len())
-                .map_err(failed)?;
+            super::attach::attach_private(&groups, &mut txn, log * 8, room).map_err(failed)?;
             visit(&mut txn, &groups, self).map_err(failed)?;
         }
         Ok(())

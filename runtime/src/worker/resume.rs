@@ -26,6 +26,7 @@ use crate::plan::layout::stride;
 use crate::plan::{EdgeKind, Grouping};
 use crate::source::Subtask;
 use crate::supervisor::description::Description;
+use crate::testing::{Point, point, spawn_armed};
 use std::rc::Rc;
 use std::sync::Arc;
 use testudo_shm::consumer::Consumer;
@@ -67,6 +68,7 @@ impl Attach {
             self.import_cells(&restored)?;
             self.cx.txn.set(begun, 1);
         }
+        point(Point::Imported);
         if !is_loaded {
             let load = self.plan_load(&restored, description);
             resuming.loaded = Some(loaded);
@@ -164,10 +166,10 @@ impl Attach {
 
     /// Pages come when they are touched; a helper thread brings them.
     fn load_lazily(&mut self, load: Load) -> Result<Arc<AtomicU64>, Error> {
-        let loader = Loader::new(load, self.arena)?;
+        let mut loader = Loader::new(load, self.arena)?;
         let left = loader.left();
         let (header, words) = self.pages();
-        std::thread::spawn(move || {
+        spawn_armed(move || {
             if let Err(error) = loader.run() {
                 super::step::give_up(header, words, &error);
             }

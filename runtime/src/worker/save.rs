@@ -9,6 +9,7 @@
 //!
 //! Called by `cut`.
 
+use crate::testing::{Point, point};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -232,6 +233,7 @@ impl Saver {
             Phase::Filling if file.failed.is_none() => return None,
             Phase::Writing if file.failed.is_none() => {
                 if is_quiet && let Some(id) = file.id {
+                    point(Point::CutWritten);
                     file.phase = Phase::Syncing;
                     if self.disk.submit(Op::Sync { file: id }).is_err() {
                         file.fail(io::Error::other("the disk has no room for a sync"));

@@ -133,9 +133,9 @@ pub fn end_with_us(command: &mut std::process::Command) {
     unsafe { command.pre_exec(end) };
 }
 
-/// Has the kernel refuse futex_waitv to a program and all that it starts, with this error: what old
+/// Has the kernel refuse a call to a program and all that it starts, with this error: what old
 /// kernels and the sandboxes of some containers do.
-pub fn refuse_futex_waitv(command: &mut std::process::Command, error: i32) {
+pub fn refuse(command: &mut std::process::Command, call: libc::c_long, error: i32) {
     use std::os::unix::process::CommandExt;
     let filter = move || {
         let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
@@ -143,7 +143,7 @@ pub fn refuse_futex_waitv(command: &mut std::process::Command, error: i32) {
         let mut steps = [
             // The call's number stands first in what the filter sees.
             step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_futex_waitv as u32),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call as u32),
             step(libc::BPF_RET | libc::BPF_K, 0, 0, refuse),
             step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
         ];

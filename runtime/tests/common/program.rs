@@ -75,8 +75,13 @@ impl Cli {
     }
 
     /// Has futex_waitv fail with this error.
-    pub fn without_futex_waitv(mut self, error: i32) -> Self {
-        process::refuse_futex_waitv(&mut self.command, error);
+    pub fn without_futex_waitv(self, error: i32) -> Self {
+        self.without_call(libc::SYS_futex_waitv, error)
+    }
+
+    /// Has a system call fail with this error.
+    pub fn without_call(mut self, call: libc::c_long, error: i32) -> Self {
+        process::refuse(&mut self.command, call, error);
         self
     }
 

@@ -308,6 +308,18 @@ impl Store {
     /// # Errors
     /// If the manifest cannot be true (a file is missing, a number used), or the disk refused.
     pub fn commit(&mut self, manifest: &Manifest) -> Result<Previous, StoreError> {
+        self.commit_with(manifest, || ())
+    }
+
+    /// As [`Store::commit`], calling `named` once the manifest is durable and no root names it yet.
+    ///
+    /// # Errors
+    /// As [`Store::commit`].
+    pub fn commit_with(
+        &mut self,
+        manifest: &Manifest,
+        named: impl FnOnce(),
+    ) -> Result<Previous, StoreError> {
         let base = self.find_base()?;
         let mut manifest = manifest.clone();
         let below = self.slots[base].root.as_ref().ok().and_then(|root| root.manifest.clone());
@@ -321,9 +333,11 @@ impl Store {
             let _ = run_now(&mut *self.disk, Op::Remove { path: temporary });
             return Err(error);
         }
+        named();
         let committed = Previous { name: name.clone(), checksum: super::checksum(&bytes) };
-        let named = ManifestRef { name, bytes: bytes.len() as u64, checksum: committed.checksum };
-        self.write_root(base, manifest.job_id, Some(named))?;
+        let checksum = committed.checksum;
+        let root = ManifestRef { name, bytes: bytes.len() as u64, checksum };
+        self.write_root(base, manifest.job_id, Some(root))?;
         Ok(committed)
     }
 
