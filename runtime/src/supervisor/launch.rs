@@ -226,13 +226,15 @@ impl Launch {
         let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
         let is_lazy = chosen.is_some() && can_load_lazily();
         let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
-        let outputs = Outputs::claim(&plan, chosen.is_some())?;
-        if let Some(chosen) = &chosen {
-            Outputs::go_on(&plan, chosen)?;
-        }
+        let outputs = Outputs::claim(&plan)?;
+        // What counts in the folder is settled before any output changes.
         if let (Some(store), None) = (&store, &chosen) {
             let reset = store.ask(move |store| store.reset(job_id))?;
             reset.map_err(|error| Error::Checkpoint(error.to_string()))?;
+        }
+        match &chosen {
+            Some(chosen) => Outputs::go_on(&plan, chosen)?,
+            None => Outputs::empty(&plan)?,
         }
         let watch = Watch::start(Arc::clone(events), self.take_signals()?)?;
         let checkpoints = self.settings.checkpoint_dir.as_ref().map(|folder| Checkpoints {
@@ -556,6 +558,9 @@ impl Play<'_> {
             match events.signals.load(Ordering::Acquire) {
                 0 => {}
                 1 => {
+                    if let Some(checkpointer) = &mut self.checkpointer {
+                        checkpointer.drain(self.plan, self.scene);
+                    }
                     console.drain();
                     self.scene.set_control(control::DRAIN);
                 }

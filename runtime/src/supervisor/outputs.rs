@@ -25,10 +25,10 @@ pub(crate) struct Outputs {
 }
 
 impl Outputs {
-    /// Claims all outputs of a plan, and empties them unless the job goes on where it stopped.
-    pub(crate) fn claim(plan: &Plan, goes_on: bool) -> Result<Self, Error> {
+    /// Claims all outputs of a plan, and changes none: a job that is refused has touched nothing.
+    pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
         let (mut locks, mut claimed) = (Vec::new(), Vec::new());
-        for (output, stage) in &plan.outputs {
+        for (output, _) in &plan.outputs {
             let lock_path = match &output.parts {
                 None => output.path.clone(),
                 Some(_) => {
@@ -42,7 +42,7 @@ impl Outputs {
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
                 refuse_input(plan, &output.path, &meta)?;
-                if claimed.iter().any(|(other, ..): &(&Output, _, _)| other.path == output.path) {
+                if claimed.contains(&&output.path) {
                     return Err(Error::Plan(format!(
                         "two sinks write to {}; give each an output of its own",
                         output.path.display()
@@ -51,17 +51,20 @@ impl Outputs {
                 lock(&file, &output.path, meta.ino())?;
                 locks.push(file);
             }
-            claimed.push((output, plan.stages[*stage].workers.len(), meta.is_file()));
-        }
-        // Only once all are ours: a job that is refused has touched nothing.
-        for (output, parts, is_regular) in claimed.into_iter().filter(|_| !goes_on) {
-            empty(output, parts, is_regular)?;
+            claimed.push(&output.path);
         }
         Ok(Self { _locks: locks })
     }
-}
 
-impl Outputs {
+    /// Empties all outputs of a plan, which are claimed: the job begins.
+    pub(crate) fn empty(plan: &Plan) -> Result<(), Error> {
+        for (output, stage) in &plan.outputs {
+            let is_regular = std::fs::metadata(&output.path).is_ok_and(|meta| meta.is_file());
+            empty(output, plan.stages[*stage].workers.len(), is_regular)?;
+        }
+        Ok(())
+    }
+
     /// The job goes on, with other numbers of subtasks perhaps. Parts of subtasks that there are no
     /// more end where the checkpoint knows them; parts of new ones begin. (Those that go on are cut
     /// back by the workers that write them.)
