@@ -64,16 +64,30 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
     }
 
     fn note_watermark(&mut self, cx: &mut Cx, channel: usize, watermark: i64) {
-        let place = self.channel(channel).watermark;
-        if watermark > cx.txn.get(place) {
-            cx.txn.set(place, watermark);
+        let mut is_news = false;
+        for place in [Some(channel), self.present(channel)].into_iter().flatten() {
+            let place = self.channel(place).watermark;
+            if watermark > cx.txn.get(place) {
+                cx.txn.set(place, watermark);
+                is_news = true;
+            }
+        }
+        if is_news {
             self.advance_watermark(cx);
         }
     }
 
     fn note_end(&mut self, cx: &mut Cx, channel: usize) {
-        cx.txn.set(self.channel(channel).ended, 1);
+        for place in [Some(channel), self.present(channel)].into_iter().flatten() {
+            cx.txn.set(self.channel(place).ended, 1);
+        }
         self.advance_watermark(cx);
+    }
+
+    /// The present channel of a rest. What a rest says is noted there at once: a checkpoint knows
+    /// nothing of a rest that was taken.
+    fn present(&self, number: usize) -> Option<usize> {
+        self.rests.get(number.checked_sub(self.channels.len())?)?.present
     }
 
     /// A channel by number; those of rests follow the present ones.
@@ -82,30 +96,19 @@ impl<T: Record, N: Push<T>> Inlet<T, N> {
         self.channels.get(number).unwrap_or_else(rest)
     }
 
-    /// Takes from rests. When all are taken, the present channels go on with what they said last.
+    /// Takes from rests, one after the other: a later one may go on where an earlier one ends.
     #[cold]
     fn take_rests(&mut self, cx: &mut Cx) -> usize {
         let mut work = 0;
         for number in 0..self.rests.len() {
-            if let Some(ring) = self.rests[number].channel.ring {
-                work += self.take_ring(cx, ring, self.channels.len() + number);
+            let Some(ring) = self.rests[number].channel.ring else { continue };
+            work += self.take_ring(cx, ring, self.channels.len() + number);
+            let left = cx.in_rings[ring].ring.as_ref().map_or(0, |ring| ring.backlog());
+            if left > 0 || cx.failure.is_some() {
+                return work;
             }
         }
-        let is_taken = |rest: &Rest| {
-            let ring = rest.channel.ring.and_then(|ring| cx.in_rings[ring].ring.as_ref());
-            ring.is_none_or(|ring| ring.backlog() == 0)
-        };
-        if !self.rests.iter().all(is_taken) || cx.failure.is_some() {
-            return work;
-        }
-        for Rest { channel, present } in std::mem::take(&mut self.rests) {
-            let Some(present) = present else { continue };
-            let present = &self.channels[present];
-            let watermark = cx.txn.get(channel.watermark).max(cx.txn.get(present.watermark));
-            let ended = cx.txn.get(channel.ended).max(cx.txn.get(present.ended));
-            cx.txn.set(present.watermark, watermark);
-            cx.txn.set(present.ended, ended);
-        }
+        self.rests.clear();
         cx.txn.set(self.rested, 1);
         self.advance_watermark(cx);
         work + 1

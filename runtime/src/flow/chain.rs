@@ -117,10 +117,12 @@ impl<S: Source> Chain for SourceChain<S> {
         let share = |total: u64| total / count + u64::from(index < total % count);
         let rejects_max = settings.max_rejects.unwrap_or(u64::MAX);
         let sources = attach.source_subtasks() as f64;
+        let phase = format!("{}/phase", attach.plan.operators[self.operator].uid());
         let stage: StageRef = Rc::new(RefCell::new(SourceStage {
             parts,
             turn: 0,
-            phase: attach.cell(self.operator, "phase", 0u64)?,
+            // In another shape the end is said again, to consumers that have not heard it.
+            phase: attach.named_cell(&phase, 0u64)?,
             records: attach.counter(self.operator, CounterKind::Out),
             rejected: attach.counter(self.operator, CounterKind::Rejected),
             rejects,

@@ -72,7 +72,7 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         let key = self.key;
         let flow = self.stream.flow.clone();
         self.stream.then("aggregate", |operator| {
-            declare_state::<K>(&flow, operator, Grouping::ByKey);
+            declare_state::<K, A>(&flow, operator, Grouping::ByKey);
             AggregateLink { key, init, fold, emit, operator, of: PhantomData }
         })
     }
@@ -85,7 +85,7 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         let key = self.key;
         let flow = self.stream.flow.clone();
         self.stream.then("reduce", |operator| {
-            declare_state::<K>(&flow, operator, Grouping::ByKey);
+            declare_state::<K, T>(&flow, operator, Grouping::ByKey);
             ReduceLink { key, combine, operator, of: PhantomData }
         })
     }
@@ -119,7 +119,8 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         let key = self.key;
         let flow = self.stream.flow.clone();
         self.stream.then("process", |operator| {
-            declare_state::<K>(&flow, operator, Grouping::ByKey);
+            // What it keeps is declared in the workers, which check each state by its name.
+            declare_state::<K, K>(&flow, operator, Grouping::ByKey);
             ProcessLink { key, declare, on_record, on_timer, operator, of: PhantomData }
         })
     }
@@ -134,9 +135,14 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
     }
 }
 
-/// Says that an operator has state, so that the plan makes its groups.
-pub(crate) fn declare_state<K: Record>(flow: &Flow, operator: usize, grouping: Grouping) {
-    let state = StateSpec { grouping, schema: K::schema() };
+/// Says that an operator has state, of values `A` by key `K`, so that the plan makes its groups.
+pub(crate) fn declare_state<K: Record, A: Record>(
+    flow: &Flow,
+    operator: usize,
+    grouping: Grouping,
+) {
+    let schema = testudo_shm::hash::schema("state", &[K::schema(), A::schema()]);
+    let state = StateSpec { grouping, schema };
     flow.draft.borrow_mut().operators[operator].state = Some(state);
 }
 

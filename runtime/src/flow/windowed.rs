@@ -79,7 +79,7 @@ where
         let (key, window, time) = (self.keyed.key, self.window, self.time);
         let fns = (time, init, fold, merge, emit);
         let main = self.keyed.stream.then("window", |operator| {
-            declare_state::<K>(&flow, operator, Grouping::ByKey);
+            declare_state::<K, A>(&flow, operator, Grouping::ByKey);
             WindowLateLink {
                 inner: WindowLink { key, window, fns, operator, of: PhantomData },
                 edge,
@@ -103,7 +103,7 @@ where
         let flow = self.keyed.stream.flow.clone();
         let (key, window, time) = (self.keyed.key, self.window, self.time);
         self.keyed.stream.then("window", |operator| {
-            declare_state::<K>(&flow, operator, Grouping::ByKey);
+            declare_state::<K, A>(&flow, operator, Grouping::ByKey);
             let fns = (time, init, fold, merge, emit);
             WindowLink { key, window, fns, operator, of: PhantomData }
         })
@@ -301,12 +301,12 @@ impl<T: Record, C: Chain<Out = T>, F: Fn(&T::View) -> i64 + 'static> WindowedAll
         let flow = self.stream.flow.clone();
         let partial: Stream<Partial<A>, Then<C, PreLink<A, F, I, P>>> =
             self.stream.then("pre_aggregate", |operator| {
-                declare_state::<i64>(&flow, operator, Grouping::BySubtask);
+                declare_state::<i64, A>(&flow, operator, Grouping::BySubtask);
                 PreLink { window, time, init, fold, operator, of: PhantomData }
             });
         let pre = partial.operator;
         partial.gather().then("window_all", |operator| {
-            declare_state::<i64>(&flow, operator, Grouping::BySubtask);
+            declare_state::<i64, A>(&flow, operator, Grouping::BySubtask);
             MergeLink { window, merge, emit, pre, operator, of: PhantomData }
         })
     }

@@ -146,6 +146,7 @@ pub(crate) struct Checkpointer {
     begun_ms: u64,
     is_last: bool,
     pausing: Option<Pausing>,
+    is_draining: bool,
     said: Option<(String, u64)>,
 }
 
@@ -212,6 +213,7 @@ impl Checkpointer {
             begun_ms: 0,
             is_last: false,
             pausing: None,
+            is_draining: false,
             said: None,
         })
     }
@@ -235,7 +237,8 @@ impl Checkpointer {
             actions.extend(self.coordinator.sealed(now, id, result));
         }
         actions.extend(self.coordinator.tick(now));
-        let is_free = self.coordinator.open().is_none() && !self.is_last;
+        let is_over = self.is_last || self.is_draining;
+        let is_free = self.coordinator.open().is_none() && !is_over;
         if is_free && self.coordinator.all_running() && self.timer.is_due(now) {
             self.begin(now, Kind::Regional, &mut actions);
         }
@@ -445,6 +448,16 @@ impl Checkpointer {
             // What stays is removed another time: nothing depends on it.
             let _ = store.retire(&Keep { running_epoch, held: &held });
         });
+    }
+
+    /// The job is to end before its input does: what it does from here on, such as firing windows
+    /// that are not full, no checkpoint may hold. To be called before the workers know.
+    pub(crate) fn drain(&mut self, plan: &Plan, scene: &Scene) {
+        if !std::mem::replace(&mut self.is_draining, true) {
+            let actions = self.coordinator.abandon(now(), "the job is being drained");
+            let is_quiet = |action: &Action| !matches!(action, Action::Fail { .. });
+            self.carry_out(actions.into_iter().filter(is_quiet).collect(), plan, scene);
+        }
     }
 
     /// The job has come to its end: one more checkpoint says so. True once it is complete, or

@@ -576,6 +576,9 @@ impl Play<'_> {
             match events.signals.load(Ordering::Acquire) {
                 0 => {}
                 1 => {
+                    if let Some(checkpointer) = &mut self.checkpointer {
+                        checkpointer.drain(self.plan, self.scene);
+                    }
                     console.drain();
                     self.scene.set_control(control::DRAIN);
                 }

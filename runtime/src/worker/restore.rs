@@ -146,8 +146,9 @@ impl Restored {
             }
         }
         // What spilled was emitted after what its producer had got into the ring, and that after
-        // what was in flight when the run before was stopped.
-        rests.sort_by_key(|(order, rest)| (*order, rest.from));
+        // what was in flight when the run before was stopped. Of that, each worker has noted first
+        // what is to be taken first, whoever sent it.
+        rests.sort_by_key(|(order, _)| *order);
         let mut rests: Vec<Rest> = rests.into_iter().map(|(_, rest)| rest).collect();
         if !self.plan.same_shape
             && let Some(wanted) = &mut wanted
