@@ -8,6 +8,7 @@ pub(crate) mod layout;
 
 pub(crate) mod explain;
 
+use crate::checkpoint::notes::Shape;
 use crate::checkpoint::regions::Regions;
 use crate::config::Settings;
 use crate::error::Error;
@@ -276,6 +277,23 @@ impl Plan {
             parts.push(schema(operator.uid(), &[operator.stage as u64]));
         }
         schema("shape", &parts)
+    }
+
+    /// Stages, operators and edges, to be compared with those of a later run.
+    pub(crate) fn as_shape(&self) -> Shape {
+        let is_inlet = |operator: &&OperatorSpec| operator.kind == "inlet";
+        let named = |operator: &OperatorSpec| (operator.uid().to_owned(), operator.stage);
+        let operators = self.operators.iter();
+        let own = operators.clone().filter(|operator| !is_inlet(operator)).map(named);
+        Shape {
+            stages: self.stages.iter().map(|stage| stage.workers.clone()).collect(),
+            operators: own.chain(operators.filter(is_inlet).map(named)).collect(),
+            edges: self
+                .edges
+                .iter()
+                .map(|edge| (edge.from, edge.to, edge.kind.label().to_owned()))
+                .collect(),
+        }
     }
 
     /// The launching process, as a process index.

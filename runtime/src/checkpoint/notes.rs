@@ -32,8 +32,8 @@ pub(crate) struct Notes {
     pub(crate) worker: usize,
     /// What cells and edges mean: see `Plan::shape`.
     pub(crate) shape: u64,
-    /// Subtasks of each stage.
-    pub(crate) stages: Vec<usize>,
+    /// The same, so that another plan can be compared with it.
+    pub(crate) was: Shape,
     /// Counters by label.
     pub(crate) counters: Vec<(String, u64)>,
     /// Ring bytes that this worker had not taken yet.
@@ -42,6 +42,18 @@ pub(crate) struct Notes {
     pub(crate) spills: Vec<Spilled>,
     /// What this worker's source subtasks were reading.
     pub(crate) parts: Vec<Part>,
+}
+
+/// The job as it was when the cut was taken.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Shape {
+    /// The worker of each subtask, by stage.
+    pub(crate) stages: Vec<Vec<usize>>,
+    /// Each operator's uid and stage; those that only take records from an exchange come last.
+    pub(crate) operators: Vec<(String, usize)>,
+    /// The stages at the ends of each edge (none for the launching process), and its kind.
+    pub(crate) edges: Vec<(Option<usize>, Option<usize>, String)>,
 }
 
 /// Bytes in flight on an edge: frames, in a blob of their own.

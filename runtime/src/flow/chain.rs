@@ -173,7 +173,7 @@ impl<T: Record> Chain for InletChain<T> {
             channels,
             rests,
             rested: attach.rested_cell(self.stage)?,
-            watermark: attach.watermark_cell(self.stage, &format!("{name}/watermark"))?,
+            watermark: attach.watermark_cell(self.stage, None)?,
             done: attach.named_cell(&format!("{name}/done"), 0u64)?,
             first: 0,
             of: PhantomData,

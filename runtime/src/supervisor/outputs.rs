@@ -78,7 +78,7 @@ impl Outputs {
         for (output, operator) in &plan.outputs {
             let Some(extension) = &output.parts else { continue };
             let stage = plan.operators[*operator].stage;
-            let was = resumed.restore.stages.get(stage).copied().unwrap_or(0);
+            let was = resumed.restore.subtasks(stage).unwrap_or(0);
             let count = plan.stages[stage].workers.len();
             let part = |subtask| output.path.join(part_name(subtask, extension));
             for subtask in was..count {

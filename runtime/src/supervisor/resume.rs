@@ -8,11 +8,10 @@
 //! Called by `launch`.
 
 use super::checkpoint::StoreThread;
-use crate::checkpoint::notes::{Notes, Part};
+use crate::checkpoint::notes::{Notes, Part, Shape};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::{Grouping, Plan};
-use crate::worker::reshape::worker_of;
 use crate::worker::restore::{OldWorker, Restore};
 use std::collections::HashMap;
 use std::path::Path;
@@ -168,13 +167,17 @@ impl Chosen {
         let shape = plan.shape();
         let same_shape = manifest.workers as usize == plan.workers
             && old.iter().all(|old| old.notes.shape == shape);
+        let was = old.first().map(|old| old.notes.was.clone()).unwrap_or_default();
+        let (stages, edges) = compare(&was, plan);
+        check_flights(&manifest, &old, &edges, settings)?;
         let files = manifest.regions.iter().flat_map(|region| &region.workers);
         let restore = Restore {
             id: manifest.id,
             same_shape,
             is_lazy: lazy,
             files: files.map(|file| (file.worker as usize, file.file.clone())).collect(),
-            stages: old.first().map(|old| old.notes.stages.clone()).unwrap_or_default(),
+            stages,
+            edges,
             parts: deal_parts(&old, plan, same_shape),
         };
         Ok(Resumed { restore, old })
@@ -185,7 +188,7 @@ impl Resumed {
     /// How far a subtask's sink had written: the first eight bytes of its position.
     pub(crate) fn position(&self, plan: &Plan, operator: usize, subtask: usize) -> Option<u64> {
         let sink = &plan.operators[operator];
-        let worker = worker_of(plan, &self.restore.stages, self.old.len(), sink.stage, subtask);
+        let worker = self.restore.worker_of(sink.stage, subtask)?;
         let old = self.old.iter().find(|old| old.worker == worker)?;
         let cell = old.cells.get(&name_hash(&format!("{}/position", sink.uid())))?;
         Some(u64::from_le_bytes(cell.get(..8)?.try_into().ok()?))
@@ -232,6 +235,57 @@ fn check(manifest: &Manifest, plan: &Plan, settings: &Settings) -> Result<(), Er
         }
     }
     Ok(())
+}
+
+/// By stage of the plan: its number and workers in the earlier run; by edge: its number there.
+/// Stages are known by the uids of their operators, edges by the stages at their ends.
+fn compare(was: &Shape, plan: &Plan) -> (Vec<Option<(usize, Vec<usize>)>>, Vec<Option<usize>>) {
+    let now = plan.as_shape();
+    let known = |stage: usize| {
+        let own = now.operators.iter().filter(|(_, of)| *of == stage);
+        let mut found = own.filter_map(|(uid, _)| was.operators.iter().find(|(old, _)| old == uid));
+        let (_, old) = found.next()?;
+        Some((*old, was.stages.get(*old)?.clone()))
+    };
+    let stages: Vec<_> = (0..now.stages.len()).map(known).collect();
+    // An end that is not known matches nothing.
+    let end = |end: Option<usize>| match end {
+        None => Some(None),
+        Some(stage) => stages[stage].as_ref().map(|(number, _)| Some(*number)),
+    };
+    let mut taken = Vec::new();
+    let edges = now.edges.iter().map(|(from, to, kind)| {
+        let (from, to) = (end(*from)?, end(*to)?);
+        let mut alike = was.edges.iter().enumerate().filter(|(number, (f, t, k))| {
+            (*f, *t, k) == (from, to, kind) && !taken.contains(number)
+        });
+        let number = alike.next()?.0;
+        taken.push(number);
+        Some(number)
+    });
+    let edges = edges.collect();
+    (stages, edges)
+}
+
+/// What was in flight on an edge that the job does not have any more has nowhere to go.
+fn check_flights(
+    manifest: &Manifest,
+    old: &[Old],
+    edges: &[Option<usize>],
+    settings: &Settings,
+) -> Result<(), Error> {
+    let flights = old.iter().flat_map(|old| &old.notes.flights).map(|flight| flight.edge);
+    let spills = old.iter().flat_map(|old| &old.notes.spills).map(|spill| spill.edge);
+    let mut lost = flights.chain(spills).filter(|edge| !edges.contains(&Some(*edge)));
+    match lost.next() {
+        Some(edge) if !settings.allow_dropped_state => Err(Error::Checkpoint(format!(
+            "checkpoint {} has records in flight on exchange {edge} of the job as it was, which it \
+             does not have any more: take a savepoint of the job as it was (it has none), or drop \
+             them with --allow-dropped-state",
+            manifest.id
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Who reads which part of each source: as it was, or dealt out in turn.

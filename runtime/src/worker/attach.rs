@@ -447,7 +447,7 @@ impl Attach {
             route,
             is_open: false,
             watermark: match plan.edges[edge].from {
-                Some(stage) => self.watermark_cell(stage, &format!("{name}/watermark"))?,
+                Some(stage) => self.watermark_cell(stage, Some(edge))?,
                 None => self.named_cell(&format!("{name}/watermark"), i64::MIN)?,
             },
             ended: self.named_cell(&format!("{name}/ended"), 0u64)?,

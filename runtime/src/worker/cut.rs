@@ -19,7 +19,7 @@
 
 use super::context::{Cx, InRing, Origin};
 use super::save::{Saved, Saver};
-use crate::checkpoint::notes::{self, Flight, Notes, Part, Spilled};
+use crate::checkpoint::notes::{self, Flight, Notes, Part, Shape, Spilled};
 use crate::testing::{Point, point};
 use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
@@ -70,7 +70,7 @@ pub(crate) struct CutPlan {
     pub(crate) worker: usize,
     pub(crate) incarnation: u64,
     pub(crate) shape: u64,
-    pub(crate) stages: Vec<usize>,
+    pub(crate) was: Shape,
     pub(crate) folder: PathBuf,
     /// Copies of blocks at most, in blocks.
     pub(crate) copies_max: usize,
@@ -298,7 +298,7 @@ impl Cutter {
             version: notes::VERSION,
             worker: self.plan.worker,
             shape: self.plan.shape,
-            stages: self.plan.stages.clone(),
+            was: self.plan.was.clone(),
             counters: counters.map(|(label, at)| (label.clone(), cx.txn.get(*at))).collect(),
             flights: Vec::new(),
             spills,

@@ -12,9 +12,8 @@
 //! Called while stages are built.
 
 use super::attach::Attach;
-use super::restore::Restored;
+use super::restore::{Restore, Restored};
 use crate::error::Error;
-use crate::plan::Plan;
 use crate::source::Subtask;
 use crate::window::keyed::{FireCells, FireCursor, Fired, NOT_FIRING};
 use std::rc::Rc;
@@ -25,36 +24,31 @@ use testudo_state::checkpoint::SegmentKey;
 use testudo_state::disk::BLOCK;
 use testudo_state::{Gauge, Groups, StateError};
 
-/// The worker that ran a subtask in a job of these stages. Stages with workers of their own come
-/// after the others.
-pub(crate) fn worker_of(
-    plan: &Plan,
-    stages: &[usize],
-    workers: usize,
-    stage: usize,
-    subtask: usize,
-) -> usize {
-    let own = |stage: usize| if plan.stages[stage].isolated { stages[stage] } else { 0 };
-    if !plan.stages[stage].isolated {
-        return subtask;
+impl Restore {
+    /// How many subtasks a stage had; `None` if there was no such stage.
+    pub(crate) fn subtasks(&self, stage: usize) -> Option<usize> {
+        self.stages.get(stage)?.as_ref().map(|(_, workers)| workers.len())
     }
-    let isolated: usize = (0..stages.len()).map(own).sum();
-    let shared = workers.saturating_sub(isolated);
-    shared + (0..stage).map(own).sum::<usize>() + subtask
+
+    /// The worker that ran a subtask of a stage.
+    pub(crate) fn worker_of(&self, stage: usize, subtask: usize) -> Option<usize> {
+        let (_, workers) = self.stages.get(stage)?.as_ref()?;
+        workers.get(subtask).copied()
+    }
 }
 
 impl Restored {
     /// The bytes of a cell that a subtask of a stage had.
-    fn cell_of(&self, plan: &Plan, stage: usize, subtask: usize, name: u64) -> Option<&[u8]> {
-        let worker = worker_of(plan, &self.plan.stages, self.old.len(), stage, subtask);
+    fn cell_of(&self, stage: usize, subtask: usize, name: u64) -> Option<&[u8]> {
+        let worker = self.plan.worker_of(stage, subtask)?;
         let old = self.old.iter().find(|old| old.worker == worker)?;
         old.cells.get(&name).map(Vec::as_slice)
     }
 
     /// The values of a cell in all old subtasks of a stage.
-    fn values<T: Plain>(&self, plan: &Plan, stage: usize, name: u64) -> Vec<T> {
-        let count = self.plan.stages.get(stage).copied().unwrap_or(0);
-        let cells = (0..count).filter_map(|subtask| self.cell_of(plan, stage, subtask, name));
+    fn values<T: Plain>(&self, stage: usize, name: u64) -> Vec<T> {
+        let count = self.plan.subtasks(stage).unwrap_or(0);
+        let cells = (0..count).filter_map(|subtask| self.cell_of(stage, subtask, name));
         cells.filter_map(|bytes| T::read_from_bytes(bytes).ok()).collect()
     }
 }
@@ -70,10 +64,10 @@ impl Attach {
     pub(crate) fn inherited<T: Plain>(&self, stage: usize, name: &str, initial: T) -> T {
         let Some(restored) = self.reshaped() else { return initial };
         let Subtask { index, count } = self.subtask(stage);
-        if restored.plan.stages.get(stage) != Some(&count) {
+        if restored.plan.subtasks(stage) != Some(count) {
             return initial;
         }
-        let bytes = restored.cell_of(&self.plan, stage, index, name_hash(name));
+        let bytes = restored.cell_of(stage, index, name_hash(name));
         bytes.and_then(|bytes| T::read_from_bytes(bytes).ok()).unwrap_or(initial)
     }
 
@@ -81,20 +75,49 @@ impl Attach {
     pub(crate) fn inherited_by_number<T: Plain>(&self, stage: usize, name: &str, initial: T) -> T {
         let Some(restored) = self.reshaped() else { return initial };
         let index = self.subtask(stage).index;
-        if restored.plan.stages.get(stage).is_none_or(|count| index >= *count) {
+        if restored.plan.subtasks(stage).is_none_or(|count| index >= count) {
             return initial;
         }
-        let bytes = restored.cell_of(&self.plan, stage, index, name_hash(name));
+        let bytes = restored.cell_of(stage, index, name_hash(name));
         bytes.and_then(|bytes| T::read_from_bytes(bytes).ok()).unwrap_or(initial)
     }
 
-    /// A cell of a stage that holds event time: of several, the lowest counts.
-    pub(crate) fn watermark_cell(&mut self, stage: usize, name: &str) -> Result<Place<i64>, Error> {
-        let mut initial = self.inherited(stage, name, i64::MIN);
+    /// The watermark of a stage or, where one is given, of its end of an edge.
+    pub(crate) fn watermark_cell(
+        &mut self,
+        stage: usize,
+        edge: Option<usize>,
+    ) -> Result<Place<i64>, Error> {
+        let name = |stage: usize, edge: Option<usize>| match edge {
+            Some(edge) => format!("edge-{edge}/watermark"),
+            None => format!("stage-{stage}/watermark"),
+        };
+        let restored = self.restored.as_ref().map(|restored| &restored.plan);
+        let then = restored.and_then(|was| {
+            let (number, _) = was.stages.get(stage)?.as_ref()?;
+            let edge = match edge {
+                Some(edge) => Some(was.edges.get(edge).copied().flatten()?),
+                None => None,
+            };
+            Some(name(*number, edge))
+        });
+        let now = name(stage, edge);
+        self.event_time_cell(stage, &now, then.as_deref().unwrap_or(""))
+    }
+
+    /// A cell of a stage that holds event time, by its name now and then: of several, the lowest
+    /// counts.
+    fn event_time_cell(
+        &mut self,
+        stage: usize,
+        name: &str,
+        then: &str,
+    ) -> Result<Place<i64>, Error> {
+        let mut initial = self.inherited(stage, then, i64::MIN);
         if let Some(restored) = self.reshaped()
-            && restored.plan.stages.get(stage) != Some(&self.subtask(stage).count)
+            && restored.plan.subtasks(stage) != Some(self.subtask(stage).count)
         {
-            let values = restored.values::<i64>(&self.plan, stage, name_hash(name));
+            let values = restored.values::<i64>(stage, name_hash(then));
             initial = values.into_iter().min().unwrap_or(i64::MIN);
         }
         self.named_cell(name, initial)
@@ -108,7 +131,7 @@ impl Attach {
     ) -> Result<Place<i64>, Error> {
         let spec = &self.plan.operators[operator];
         let (stage, name) = (spec.stage, format!("{}/{name}", spec.uid()));
-        self.watermark_cell(stage, &name)
+        self.event_time_cell(stage, &name, &name)
     }
 
     /// The parts of its source that this worker's subtask of a stage reads; none if the stage has
@@ -180,7 +203,7 @@ impl Attach {
             cursor: self.cell(operator, "cursor", NOT_FIRING)?,
         };
         let stage = self.plan.operators[operator].stage;
-        let was = self.reshaped().and_then(|restored| restored.plan.stages.get(stage).copied());
+        let was = self.reshaped().and_then(|restored| restored.plan.subtasks(stage));
         let count = self.subtask(stage).count;
         let is_new = was.is_some_and(|was| was != count);
         let known = self.cell(operator, "fired-by-group", u64::from(is_new))?;
@@ -205,7 +228,7 @@ impl Attach {
         let owner = crate::exchange::route::owner_of(group as usize, groups, was);
         let cell = |name: &str| {
             let name = name_hash(&format!("{}/{name}", spec.uid()));
-            restored.cell_of(&self.plan, spec.stage, owner, name)
+            restored.cell_of(spec.stage, owner, name)
         };
         let number = |name: &str| cell(name).and_then(|bytes| i64::read_from_bytes(bytes).ok());
         let cursor = |name: &str| cell(name).and_then(|b| FireCursor::read_from_bytes(b).ok());
@@ -230,7 +253,7 @@ impl Attach {
         let plan = Rc::clone(&self.plan);
         let spec = &plan.operators[operator];
         let Some(restored) = self.reshaped() else { return Ok(()) };
-        if restored.plan.stages.get(spec.stage) == Some(&plan.stages[spec.stage].workers.len()) {
+        if restored.plan.subtasks(spec.stage) == Some(plan.stages[spec.stage].workers.len()) {
             return Ok(());
         }
         let uid = name_hash(spec.uid());

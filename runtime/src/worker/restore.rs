@@ -42,8 +42,10 @@ pub(crate) struct Restore {
     pub(crate) is_lazy: bool,
     /// Each old worker's newest file.
     pub(crate) files: Vec<(usize, FileRef)>,
-    /// Subtasks of each stage then.
-    pub(crate) stages: Vec<usize>,
+    /// By stage: its number then, and the worker of each of its subtasks.
+    pub(crate) stages: Vec<Option<(usize, Vec<usize>)>>,
+    /// By edge: its number then.
+    pub(crate) edges: Vec<Option<usize>>,
     /// Parts of sources by source, then by the subtask that reads them now.
     pub(crate) parts: Vec<(String, Vec<Vec<Part>>)>,
 }
@@ -122,6 +124,9 @@ impl Restored {
         mut wanted: Option<&mut dyn FnMut(Item<'_, T>) -> bool>,
     ) -> Result<Vec<Rest>, Error> {
         let mut rests = Vec::new();
+        let Some(edge) = self.plan.edges.get(edge).copied().flatten() else {
+            return Ok(Vec::new());
+        };
         for old in 0..self.old.len() {
             let is_mine = |target: usize| match &wanted {
                 _ if self.plan.same_shape => target == to.0,

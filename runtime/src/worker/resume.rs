@@ -304,7 +304,7 @@ impl Attach {
             worker: self.worker,
             incarnation,
             shape: self.plan.shape(),
-            stages: self.plan.stages.iter().map(|stage| stage.workers.len()).collect(),
+            was: self.plan.as_shape(),
             folder: checkpoints.folder.clone(),
             copies_max: self.settings.checkpoint_memory / BLOCK,
             cells: Rc::clone(&self.cells),
