@@ -208,7 +208,7 @@ impl<K, A, U, F, X> WindowLink<K, A, U, F, X> {
             fns: TupleFns { fns: self.fns, of: PhantomData },
             cells: fire_cells(at, self.operator)?,
             good: (0, 0),
-            places: [std::ptr::null_mut(); crate::operator::aggregate::AHEAD],
+            ahead: Default::default(),
             late_records: at.counter(self.operator, CounterKind::Late),
             late,
             next,
