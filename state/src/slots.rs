@@ -390,6 +390,8 @@ pub(crate) struct Slots<S: Shape> {
     home: Home,
     /// Changes with every slot that moves.
     stamp: Stamp,
+    /// Groups whose table grows out of another one.
+    growing: u32,
     shape: PhantomData<fn() -> S>,
 }
 
@@ -398,7 +400,7 @@ impl<S: Shape> Slots<S> {
     pub(crate) fn new(shared: Rc<Shared>, home: Home) -> Self {
         let desc = vec![Desc::nothing(); shared.groups as usize].into_boxed_slice();
         let stamp = Stamp { table: TABLES.fetch_add(1, Ordering::Relaxed), change: 0 };
-        Self { shared, desc, home, stamp, shape: PhantomData }
+        Self { shared, desc, home, stamp, growing: 0, shape: PhantomData }
     }
 
     /// Reads all headers again through a word of the named root.
@@ -413,6 +415,7 @@ impl<S: Shape> Slots<S> {
     pub(crate) fn load(&mut self, group: u32, header: u64) {
         self.stamp.change += 1;
         let place = &mut self.desc[group as usize];
+        self.growing -= u32::from(!place.old.is_null());
         *place = Desc::nothing();
         let Some(seg) = self.shared.try_seg(group) else { return };
         place.base = seg.base();
@@ -430,6 +433,7 @@ impl<S: Shape> Slots<S> {
         place.len = word(offset_of!(Header, len));
         let old = word(offset_of!(Header, old));
         if old != 0 {
+            self.growing += 1;
             place.old = array::<S>(seg, old, old_capacity);
             place.old_mask = old_capacity - 1;
             place.start = word(offset_of!(Header, start)) as u32;
@@ -460,20 +464,33 @@ impl<S: Shape> Slots<S> {
         unsafe { self.desc.get_unchecked(group as usize) }
     }
 
-    /// Asks for the line where a lookup will begin, and says where that is.
+    /// Asks for the memory where a lookup will begin.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, group: u32, hash: u64) -> *mut u8 {
+    pub(crate) fn prefetch(&self, group: u32, hash: u64) {
+        self.prefetch_line(group, hash);
+        self.prefetch_old(group, hash);
+    }
+
+    /// Asks for a key's home line, and says where that is.
+    #[inline(always)]
+    fn prefetch_line(&self, group: u32, hash: u64) -> *mut u8 {
         let desc = self.desc(group);
-        let at = home::<S>(hash);
-        let slot = desc.slots.wrapping_add((at & desc.mask) as usize * S::SLOT);
+        let slot = desc.slots.wrapping_add((home::<S>(hash) & desc.mask) as usize * S::SLOT);
         primitive::prefetch(slot);
         if S::PREFETCHED_TO > 0 {
             primitive::prefetch(slot.wrapping_add(S::PREFETCHED_TO));
         }
-        if !desc.old.is_null() {
-            primitive::prefetch(desc.old.wrapping_add((at & desc.old_mask) as usize * S::SLOT));
-        }
         slot
+    }
+
+    /// Asks for a key's home line in the table that its group's table grows out of.
+    #[inline(always)]
+    fn prefetch_old(&self, group: u32, hash: u64) {
+        let desc = self.desc(group);
+        if !desc.old.is_null() {
+            let at = (home::<S>(hash) & desc.old_mask) as usize * S::SLOT;
+            primitive::prefetch(desc.old.wrapping_add(at));
+        }
     }
 
     /// The slot of a key.
@@ -549,11 +566,18 @@ impl<S: Shape> Slots<S> {
 
     /// Asks for the home lines of some keys.
     #[inline(always)]
-    pub(crate) fn ask(&self, hashes: impl ExactSizeIterator<Item = KeyHash>, ahead: &mut Ahead) {
+    pub(crate) fn ask(
+        &self,
+        hashes: impl ExactSizeIterator<Item = KeyHash> + Clone,
+        ahead: &mut Ahead,
+    ) {
         ahead.to = AHEAD.min(ahead.from + hashes.len());
         let lines = &mut ahead.places[ahead.from..ahead.to];
-        for (line, hash) in lines.iter_mut().zip(hashes) {
-            *line = self.prefetch(self.group(hash), hash.0);
+        for (line, hash) in lines.iter_mut().zip(hashes.clone()) {
+            *line = self.prefetch_line(self.group(hash), hash.0);
+        }
+        if self.growing > 0 {
+            hashes.for_each(|hash| self.prefetch_old(self.group(hash), hash.0));
         }
         (ahead.stamp, ahead.logged_in) = (self.stamp, None);
     }

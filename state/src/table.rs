@@ -173,7 +173,7 @@ impl<K: Record, V: Record> Table<K, V> {
     /// First of three steps to many updates at once: asks for the memory where the keys of some
     /// records, at most [`AHEAD`], are looked for.
     #[inline(always)]
-    pub fn ask(&self, keys: impl ExactSizeIterator<Item = K>, ahead: &mut Ahead) {
+    pub fn ask(&self, keys: impl ExactSizeIterator<Item = K> + Clone, ahead: &mut Ahead) {
         let hash = |key| key_hash(PlainKey(key).as_ref());
         self.slots.ask(keys.map(|key| KeyHash(hash(key))), ahead);
     }
