@@ -6,7 +6,7 @@
 //! otherwise.
 //!
 //! How to be fast: `ask` for the keys of a few records, `find_and_log` those of the records before,
-//! `run` those before again; memory's latency is hidden behind other records. For types that have no
+//! `run` those before again; memory's latency is hidden behind other records. For types without
 //! runs: hash a batch, `prefetch` each hash, then `update` each key.
 //!
 //! Called by operators (through `value`, `list` and `map`, or directly) and by `slice`.
