@@ -46,6 +46,7 @@ pub use list::List;
 pub use map::Map;
 pub use memory::Gauge;
 pub use slice::Slices;
+pub use slots::{AHEAD, Ahead};
 pub use table::Table;
 pub use timer::{DueTimer, Timers};
 pub use value::Value;

@@ -9,7 +9,24 @@
 /// 64 bytes are readable at `line`, which is 16-aligned.
 #[inline(always)]
 pub(crate) unsafe fn find_in_line(line: *const u8, key: u64) -> u32 {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    #[cfg(all(target_arch = "x86_64", target_feature = "avx2", not(miri)))]
+    // SAFETY: two loads of 32 bytes, which the caller promises to be readable; this is compiled
+    // for processors that have them.
+    unsafe {
+        use std::arch::x86_64::{
+            _mm256_castsi256_pd, _mm256_cmpeq_epi64, _mm256_loadu_si256, _mm256_movemask_pd,
+            _mm256_set1_epi64x,
+        };
+        let wanted = _mm256_set1_epi64x(key.cast_signed());
+        let equal = |half: usize| {
+            let words = _mm256_loadu_si256(line.add(half * 32).cast());
+            let equal = _mm256_cmpeq_epi64(words, wanted);
+            _mm256_movemask_pd(_mm256_castsi256_pd(equal)).cast_unsigned()
+        };
+        // Keys stand in the even words.
+        ((equal(0) | equal(1) << 4) & 0b0101_0101 | 1 << 8).trailing_zeros() / 2
+    }
+    #[cfg(all(target_arch = "x86_64", not(target_feature = "avx2"), not(miri)))]
     // SAFETY: four aligned loads of 16 bytes, which the caller promises to be readable; SSE2 is
     // part of every x86-64.
     unsafe {

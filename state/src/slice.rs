@@ -129,6 +129,13 @@ impl<K: Record, V: Record> Slices<K, V> {
         self.open.first().map(|slice| slice.id)
     }
 
+    /// The table of the slice last used, if that is this one.
+    #[inline(always)]
+    #[must_use]
+    pub fn in_use(&self, id: i64) -> Option<&Table<K, V>> {
+        self.open.get(self.current).filter(|slice| slice.id == id).map(|slice| &slice.table)
+    }
+
     /// Asks for the memory that an update of this slice and hash will touch first.
     #[inline(always)]
     pub fn prefetch(&self, id: i64, hash: KeyHash) {

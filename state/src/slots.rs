@@ -33,7 +33,7 @@ use std::mem::offset_of;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use testudo_shm::hash::key_hash;
-use testudo_shm::primitive;
+use testudo_shm::primitive::{self, AtomicUsize, Ordering};
 use testudo_shm::txn::Txn;
 
 /// Slots of a group's first table: a multiple of any `LINE`.
@@ -97,6 +97,9 @@ pub(crate) trait Shape: 'static {
         if Self::SLOT.is_power_of_two() && Self::SLOT < 64 { 64 / Self::SLOT } else { 1 };
     /// The line of the byte this far behind the home is asked for too, where slots straddle lines.
     const PREFETCHED_TO: usize = if Self::LINE > 1 { 0 } else { 63 };
+    /// Small plain keys, few enough in a line to be compared all at once.
+    const IN_LINES: bool =
+        Self::KEY.is_some() && Self::KEY_BYTES > 0 && Self::KEY_BYTES <= 16 && Self::LINE <= 8;
     /// Offset of the key's bytes in a key block.
     const KEY_IN_BLOCK: u64 = 8 + Self::PREFIX as u64;
 }
@@ -241,18 +244,14 @@ unsafe fn holds<S: Shape>(slot: *const u8, base: *const u8, hash: u64, key: &[u8
     }
 }
 
-/// As `probe`, for small plain keys: compares all slots of the home line without a branch, since a
-/// branch on how far a key lies from its home is mispredicted a third of the time, and without one
-/// comparison waiting for another. `None` says to `probe`.
+/// The slot of a small plain key in its home line: compares all slots of the line without a branch,
+/// since a branch on how far a key lies from its home is mispredicted a third of the time, and
+/// without one comparison waiting for another.
 #[inline(always)]
-unsafe fn glance<S: Shape>(slots: *mut u8, mask: u64, hash: u64, key: &[u8]) -> Option<*mut u8> {
-    if S::KEY.is_none() || S::KEY_BYTES == 0 || S::KEY_BYTES > 16 || S::LINE > 8 {
-        return None;
-    }
-    // SAFETY: homes begin lines of LINE slots, of which the array is a multiple; `key` has
-    // KEY_BYTES bytes. Empty slots hold zeros, which no key looked for here is.
+unsafe fn in_line<S: Shape>(line: *mut u8, key: &[u8]) -> Option<*mut u8> {
+    // SAFETY: the caller gives a line of LINE slots and a key of KEY_BYTES bytes. Empty slots hold
+    // zeros, which no key that is found here is.
     unsafe {
-        let line = slots.add((home::<S>(hash) & mask) as usize * S::SLOT);
         if S::KEY_BYTES == 8 && S::SLOT == 16 && S::KEY_ALIGN == 8 {
             let wanted = key.as_ptr().cast::<u64>().read_unaligned();
             let place = find_in_line(line, wanted);
@@ -261,7 +260,7 @@ unsafe fn glance<S: Shape>(slots: *mut u8, mask: u64, hash: u64, key: &[u8]) -> 
         let (mut place, mut found) = (0, false);
         for index in 0..S::LINE {
             let slot = line.add(index * S::SLOT);
-            let is_here = holds::<S>(slot, slot, hash, key);
+            let is_here = holds::<S>(slot, slot, 0, key);
             place |= usize::from(is_here) * index;
             found |= is_here;
         }
@@ -269,7 +268,21 @@ unsafe fn glance<S: Shape>(slots: *mut u8, mask: u64, hash: u64, key: &[u8]) -> 
     }
 }
 
-/// Walks from the key's home to its slot (true) or to the empty slot where it would go (false).
+/// The first empty slot of a line, for small plain keys.
+#[inline(always)]
+unsafe fn empty_in_line<S: Shape>(line: *mut u8) -> Option<*mut u8> {
+    // SAFETY: the caller gives a line of LINE slots.
+    unsafe {
+        if S::KEY_BYTES == 8 && S::SLOT == 16 && S::KEY_ALIGN == 8 {
+            let place = find_in_line(line, 0);
+            return (place < 4).then(|| line.add(place as usize * 16));
+        }
+        (0..S::LINE).map(|index| line.add(index * S::SLOT)).find(|slot| is_zero::<S>(*slot))
+    }
+}
+
+/// Walks from the key's home to its slot (true) or to the empty slot where it would go (false): a
+/// line at a time where keys are small.
 #[inline(always)]
 unsafe fn probe<S: Shape>(
     slots: *mut u8,
@@ -278,15 +291,22 @@ unsafe fn probe<S: Shape>(
     hash: u64,
     key: &[u8],
 ) -> (*mut u8, bool) {
-    // SAFETY: passed on.
-    if let Some(slot) = unsafe { glance::<S>(slots, mask, hash, key) } {
-        return (slot, true);
-    }
     let mut index = home::<S>(hash) & mask;
     loop {
-        // SAFETY: index <= mask and the array has mask + 1 slots, one of them empty.
+        // SAFETY: index <= mask and the array has mask + 1 slots, one of them empty; homes begin
+        // lines of LINE slots, of which the array is a multiple.
         unsafe {
             let slot = slots.add(index as usize * S::SLOT);
+            if S::IN_LINES {
+                if let Some(slot) = in_line::<S>(slot, key) {
+                    return (slot, true);
+                }
+                if let Some(slot) = empty_in_line::<S>(slot) {
+                    return (slot, false);
+                }
+                index = (index + S::LINE as u64) & mask;
+                continue;
+            }
             if is_zero::<S>(slot) {
                 return (slot, false);
             }
@@ -312,12 +332,66 @@ unsafe fn hash_in<S: Shape>(slot: *const u8) -> u64 {
     }
 }
 
+/// Tells tables of this process apart, and what a table was from what it is: places found ahead are
+/// good as long as it stays the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    table: usize,
+    change: u64,
+}
+
+/// The next table's number. Zero is no table's.
+static TABLES: AtomicUsize = AtomicUsize::new(1);
+
+/// Keys whose places are found ahead together: their lines come from memory at the same time.
+pub const AHEAD: usize = 64;
+
+/// Where the keys of some records lie, found out ahead of their use: first the lines where they are
+/// looked for, then the values.
+#[derive(Debug)]
+pub struct Ahead {
+    /// Lines, or values (null where the key was not in its line).
+    places: [*mut u8; AHEAD],
+    /// The records before are done.
+    from: usize,
+    /// Where the records end.
+    to: usize,
+    /// The transaction in whose log the values are, once they are found.
+    logged_in: Option<u64>,
+    stamp: Stamp,
+}
+
+impl Default for Ahead {
+    fn default() -> Self {
+        let stamp = Stamp { table: 0, change: 0 };
+        Self { places: [std::ptr::null_mut(); AHEAD], from: 0, to: 0, logged_in: None, stamp }
+    }
+}
+
+impl Ahead {
+    /// Says that so many more records are done.
+    #[inline(always)]
+    pub fn advance(&mut self, records: usize) {
+        self.from = (self.from + records).min(self.to);
+    }
+
+    /// Begins with other records.
+    #[inline(always)]
+    pub fn restart(&mut self) {
+        (self.from, self.stamp.table) = (0, 0);
+    }
+}
+
 /// One table per held group of an operator.
 #[derive(Debug)]
 pub(crate) struct Slots<S: Shape> {
     shared: Rc<Shared>,
     desc: Box<[Desc]>,
     home: Home,
+    /// Changes with every slot that moves.
+    stamp: Stamp,
+    /// Groups whose table grows out of another one.
+    growing: u32,
     shape: PhantomData<fn() -> S>,
 }
 
@@ -325,7 +399,8 @@ impl<S: Shape> Slots<S> {
     /// No table in any group yet; `reload` or `load` fill in what the segments hold.
     pub(crate) fn new(shared: Rc<Shared>, home: Home) -> Self {
         let desc = vec![Desc::nothing(); shared.groups as usize].into_boxed_slice();
-        Self { shared, desc, home, shape: PhantomData }
+        let stamp = Stamp { table: TABLES.fetch_add(1, Ordering::Relaxed), change: 0 };
+        Self { shared, desc, home, stamp, growing: 0, shape: PhantomData }
     }
 
     /// Reads all headers again through a word of the named root.
@@ -338,7 +413,9 @@ impl<S: Shape> Slots<S> {
 
     /// Reads one header again; zero means that the group has no table.
     pub(crate) fn load(&mut self, group: u32, header: u64) {
+        self.stamp.change += 1;
         let place = &mut self.desc[group as usize];
+        self.growing -= u32::from(!place.old.is_null());
         *place = Desc::nothing();
         let Some(seg) = self.shared.try_seg(group) else { return };
         place.base = seg.base();
@@ -356,6 +433,7 @@ impl<S: Shape> Slots<S> {
         place.len = word(offset_of!(Header, len));
         let old = word(offset_of!(Header, old));
         if old != 0 {
+            self.growing += 1;
             place.old = array::<S>(seg, old, old_capacity);
             place.old_mask = old_capacity - 1;
             place.start = word(offset_of!(Header, start)) as u32;
@@ -386,18 +464,32 @@ impl<S: Shape> Slots<S> {
         unsafe { self.desc.get_unchecked(group as usize) }
     }
 
-    /// Asks for the line where a lookup will begin.
+    /// Asks for the memory where a lookup will begin.
     #[inline(always)]
     pub(crate) fn prefetch(&self, group: u32, hash: u64) {
+        self.prefetch_line(group, hash);
+        self.prefetch_old(group, hash);
+    }
+
+    /// Asks for a key's home line, and says where that is.
+    #[inline(always)]
+    fn prefetch_line(&self, group: u32, hash: u64) -> *mut u8 {
         let desc = self.desc(group);
-        let at = home::<S>(hash);
-        let slot = desc.slots.wrapping_add((at & desc.mask) as usize * S::SLOT);
+        let slot = desc.slots.wrapping_add((home::<S>(hash) & desc.mask) as usize * S::SLOT);
         primitive::prefetch(slot);
         if S::PREFETCHED_TO > 0 {
             primitive::prefetch(slot.wrapping_add(S::PREFETCHED_TO));
         }
+        slot
+    }
+
+    /// Asks for a key's home line in the table that its group's table grows out of.
+    #[inline(always)]
+    fn prefetch_old(&self, group: u32, hash: u64) {
+        let desc = self.desc(group);
         if !desc.old.is_null() {
-            primitive::prefetch(desc.old.wrapping_add((at & desc.old_mask) as usize * S::SLOT));
+            let at = (home::<S>(hash) & desc.old_mask) as usize * S::SLOT;
+            primitive::prefetch(desc.old.wrapping_add(at));
         }
     }
 
@@ -468,44 +560,79 @@ impl<S: Shape> Slots<S> {
         self.move_and_find(txn, group, hash, key)
     }
 
-    /// Whether `find_and_log` can find anything: small plain keys whose slots share lines, plain
-    /// values.
-    pub(crate) const IN_RUNS: bool = S::KEY.is_some()
-        && S::KEY_BYTES > 0
-        && S::KEY_BYTES <= 16
-        && S::LINE <= 8
-        && !S::VALUE_IN_HEAP
-        && S::VALUE > 0
-        && S::VALUE <= 256;
+    /// Whether places can be found ahead: keys that are compared by the line, plain values.
+    pub(crate) const IN_RUNS: bool =
+        S::IN_LINES && !S::VALUE_IN_HEAP && S::VALUE > 0 && S::VALUE <= 256;
 
-    /// Finds the slots of several keys and logs their values, all in one run: stops at the first
-    /// that is not in its home line. Returns how many were found; their values may then be changed,
-    /// until anything is inserted or removed.
+    /// Asks for the home lines of some keys.
+    #[inline(always)]
+    pub(crate) fn ask(
+        &self,
+        hashes: impl ExactSizeIterator<Item = KeyHash> + Clone,
+        ahead: &mut Ahead,
+    ) {
+        ahead.to = AHEAD.min(ahead.from + hashes.len());
+        let lines = &mut ahead.places[ahead.from..ahead.to];
+        for (line, hash) in lines.iter_mut().zip(hashes.clone()) {
+            *line = self.prefetch_line(self.group(hash), hash.0);
+        }
+        if self.growing > 0 {
+            hashes.for_each(|hash| self.prefetch_old(self.group(hash), hash.0));
+        }
+        (ahead.stamp, ahead.logged_in) = (self.stamp, None);
+    }
+
+    /// Finds and logs the values of the keys that were asked for, where they lie in the keys' home
+    /// lines, and asks for the next lines of the others. Does nothing when slots have moved since,
+    /// or when the log has no room.
+    ///
+    /// An entry that says what stands there when it is written is right whenever the value is
+    /// changed after it: rollback ends with the oldest.
     #[inline(always)]
     pub(crate) fn find_and_log<K: AsRef<[u8]>>(
         &self,
         txn: &mut Txn,
-        keys: impl Iterator<Item = (KeyHash, K)>,
-        found: &mut [*mut u8],
-    ) -> usize {
-        let Some(mut run) = txn.run(found.len(), S::VALUE) else {
-            return 0;
+        keys: impl ExactSizeIterator<Item = K>,
+        ahead: &mut Ahead,
+    ) {
+        if !Self::IN_RUNS || ahead.stamp != self.stamp || ahead.logged_in.is_some() {
+            return;
+        }
+        ahead.to = ahead.to.min(ahead.from + keys.len());
+        let places = &mut ahead.places[ahead.from..ahead.to];
+        let Some(mut run) = txn.run(places.len(), S::VALUE) else {
+            return;
         };
-        let mut count = 0;
-        for (place, (hash, key)) in found.iter_mut().zip(keys) {
-            let desc = self.desc(self.group(hash));
-            // SAFETY: as in `find`; `IN_RUNS` callers give keys of KEY_BYTES bytes.
-            let slot = unsafe { glance::<S>(desc.slots, desc.mask, hash.0, key.as_ref()) };
-            let Some(slot) = slot else { break };
-            // SAFETY: the value lies inside the slot, in a segment that is ours.
+        for (place, key) in places.iter_mut().zip(keys) {
+            assert!(key.as_ref().len() == S::KEY_BYTES, "a plain key of another length");
+            let line = *place;
+            // SAFETY: the stamp says that `ask` took the line from this table, which has not
+            // changed since; a value lies inside its slot, in a segment that is ours.
             unsafe {
-                *place = slot.add(S::VALUE_AT);
-                run.add(*place);
+                *place = match in_line::<S>(line, key.as_ref()) {
+                    Some(slot) => {
+                        let value = slot.add(S::VALUE_AT);
+                        run.add(value);
+                        value
+                    }
+                    None => {
+                        primitive::prefetch(line.wrapping_add(S::SLOT * S::LINE));
+                        std::ptr::null_mut()
+                    }
+                };
             }
-            count += 1;
         }
         run.close();
-        count
+        ahead.logged_in = Some(txn.serial());
+    }
+
+    /// The values that `find_and_log` found, null where it did not; they may be changed until
+    /// anything is inserted or removed. `None` when that has happened, or when their log was
+    /// committed since.
+    #[inline(always)]
+    pub(crate) fn found<'a>(&self, txn: &Txn, ahead: &'a Ahead) -> Option<&'a [*mut u8]> {
+        let is_logged = ahead.logged_in == Some(txn.serial());
+        (is_logged && ahead.stamp == self.stamp).then(|| &ahead.places[ahead.from..ahead.to])
     }
 
     #[cold]
@@ -679,6 +806,7 @@ impl<S: Shape> Slots<S> {
     /// first.
     pub(crate) fn remove(&mut self, txn: &mut Txn, group: u32, slot: Slot<'static>) {
         let Some(seg) = self.shared.try_seg(group) else { return };
+        self.stamp.change += 1;
         let (header, len) = (self.header(group), self.desc(group).len);
         if S::KEY.is_none() {
             let block = slot.block();

@@ -5,8 +5,9 @@
 //! has a heap block, which is written again in place when the new encoding fits and replaced
 //! otherwise.
 //!
-//! How to be fast: hash a batch, `prefetch` each hash, then `update` each key; the memory's latency
-//! is hidden behind the batch.
+//! How to be fast: `ask` for the keys of a few records, `find_and_log` those of the records before,
+//! `run` those before again; memory's latency is hidden behind other records. For types without
+//! runs: hash a batch, `prefetch` each hash, then `update` each key.
 //!
 //! Called by operators (through `value`, `list` and `map`, or directly) and by `slice`.
 
@@ -14,11 +15,11 @@ use crate::error::StateError;
 use crate::group::{Groups, Opened};
 use crate::key::KeyHash;
 use crate::raw::stored;
-use crate::slots::{Cell, Home, Shape, Slot, Slots, sweep};
+use crate::slots::{Ahead, Cell, Home, Shape, Slot, Slots, sweep};
 use std::marker::PhantomData;
 use std::ops::ControlFlow;
 use std::rc::Rc;
-use testudo_shm::hash::schema;
+use testudo_shm::hash::{key_hash, schema};
 use testudo_shm::record::{Item, Record, Scratch};
 use testudo_shm::txn::Txn;
 
@@ -166,25 +167,56 @@ impl<K: Record, V: Record> Table<K, V> {
         Ok(stored::<V>(slot.value::<Typed<K, V>>()).view)
     }
 
-    /// Whether [`Table::run`] can find anything for these types.
+    /// Whether places can be found ahead for these types: see [`Table::run`].
     pub const IN_RUNS: bool = Slots::<Typed<K, V>>::IN_RUNS;
 
-    /// Finds the values of several keys that are in the table and logs them together, up to the
-    /// first key that is not quickly found: the rest goes through [`Table::update`]. Nothing else
-    /// may be done to this table while the run is used, which its borrow sees to.
+    /// First of three steps to many updates at once: asks for the memory where the keys of some
+    /// records, at most [`AHEAD`], are looked for.
+    #[inline(always)]
+    pub fn ask(&self, keys: impl ExactSizeIterator<Item = K> + Clone, ahead: &mut Ahead) {
+        let hash = |key| key_hash(PlainKey(key).as_ref());
+        self.slots.ask(keys.map(|key| KeyHash(hash(key))), ahead);
+    }
+
+    /// Second step, when that memory had time to come: finds and logs the values of the keys that
+    /// were asked for.
+    #[inline(always)]
+    pub fn find_and_log(
+        &self,
+        txn: &mut Txn,
+        keys: impl ExactSizeIterator<Item = K>,
+        ahead: &mut Ahead,
+    ) {
+        self.slots.find_and_log(txn, keys.map(PlainKey), ahead);
+    }
+
+    /// Third step: the values that were found, to be changed up to the first key whose place was
+    /// not; that one goes through [`Table::update`]. `keys` are the same keys again, needed when
+    /// the table has changed since they were asked for. Nothing else may be done to this table
+    /// while the run is used, which its borrow sees to.
     #[inline(always)]
     pub fn run<'t>(
         &'t mut self,
         txn: &mut Txn,
-        keys: impl Iterator<Item = (KeyHash, K)>,
-        values: &'t mut [*mut u8],
+        keys: impl ExactSizeIterator<Item = K> + Clone,
+        ahead: &'t mut Ahead,
     ) -> Run<'t, V> {
-        if !Self::IN_RUNS {
-            return Run { values: &mut [], of: std::marker::PhantomData };
+        if self.slots.found(txn, ahead).is_none() {
+            self.look_again(txn, keys, ahead);
         }
-        let keys = keys.map(|(hash, key)| (hash, PlainKey(key)));
-        let count = self.slots.find_and_log(txn, keys, values);
-        Run { values: &mut values[..count], of: std::marker::PhantomData }
+        Run { values: self.slots.found(txn, ahead).unwrap_or_default(), of: PhantomData }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn look_again(
+        &self,
+        txn: &mut Txn,
+        keys: impl ExactSizeIterator<Item = K> + Clone,
+        ahead: &mut Ahead,
+    ) {
+        self.ask(keys.clone(), ahead);
+        self.find_and_log(txn, keys, ahead);
     }
 
     #[inline(never)]
@@ -390,33 +422,35 @@ impl<K: Record> AsRef<[u8]> for PlainKey<K> {
     }
 }
 
-/// Values found and logged by [`Table::run`], in the order of their keys.
+/// Values found and logged ahead, in the order of their keys: see [`Table::run`].
 #[derive(Debug)]
 pub struct Run<'t, V> {
-    values: &'t mut [*mut u8],
-    of: std::marker::PhantomData<&'t mut V>,
+    values: &'t [*mut u8],
+    of: PhantomData<&'t mut V>,
 }
 
 impl<V: Record> Run<'_, V> {
-    /// How many were found.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.values.len()
-    }
-
-    /// True when the first key was not found.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.values.is_empty()
-    }
-
-    /// The value of the key number `index`. The same key twice gives the same value twice.
+    /// Hands each value, with the item of its key, to `f`: up to the first that was not found, or
+    /// for which `f` breaks. Returns how many came before that one. The same key twice has the
+    /// same value twice.
     #[inline(always)]
-    pub fn value(&mut self, index: usize) -> &mut V {
+    pub fn for_each<T>(
+        self,
+        items: impl Iterator<Item = T>,
+        mut f: impl FnMut(&mut V, T) -> ControlFlow<()>,
+    ) -> usize {
         const { assert!(!(V::SIZE.is_some() && size_of::<V>() == 0), "a record has bytes") };
-        // SAFETY: runs exist for plain values only: any bit pattern is a V, of just the slot's
-        // bytes, aligned in the slot; the table is borrowed as long as this run, and one value is
-        // borrowed at a time.
-        unsafe { &mut *self.values[index].cast::<V>() }
+        let mut done = 0;
+        for (value, item) in self.values.iter().zip(items) {
+            // SAFETY: runs exist for plain values only: any bit pattern is a V, of just the slot's
+            // bytes, aligned in the slot; the table is borrowed as long as this run, and one value
+            // is borrowed at a time.
+            let Some(value) = (unsafe { value.cast::<V>().as_mut() }) else { break };
+            if f(value, item).is_break() {
+                break;
+            }
+            done += 1;
+        }
+        done
     }
 }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::ControlFlow;
 use testudo_shm::record::Record;
-use testudo_state::{Groups, Table};
+use testudo_state::{AHEAD, Ahead, Groups, Table};
 
 type Model<K, V> = BTreeMap<K, V>;
 
@@ -304,4 +304,130 @@ fn a_crash_while_formatting_leaves_no_ghosts() {
     let model = Model::from([(3u64, 8u64)]);
     with_key(&3, |hash, item| table.set(&mut world.txn, hash, item, &8).unwrap());
     check(&table, &model, 1);
+}
+
+/// Counts each key of a random stream in the three steps, one chunk behind the other, with other
+/// changes of the table, commits and crashes in between.
+fn count_in_runs<K: Record + Ord + Copy + Debug>(seed: u64, keys: u64, key: fn(u64) -> K) {
+    const GROUPS: u32 = 3;
+    assert!(Table::<K, u64>::IN_RUNS);
+    let mut random = Random::new(seed);
+    let mut world = World::new(GROUPS, 1 << 20);
+    let mut groups = world.attach();
+    let mut table = groups.table::<K, u64>(&mut world.txn, "table").expect("open");
+    world.commit(&groups);
+    let (mut committed, mut model) = (Model::new(), Model::new());
+    let mut aheads: [Ahead; 3] = Default::default();
+    for _ in 0..times(200) {
+        let chunks: Vec<Vec<K>> = (0..3)
+            .map(|_| (0..random.below(AHEAD as u64)).map(|_| key(random.below(keys))).collect())
+            .collect();
+        for (chunk, ahead) in chunks.iter().zip(&mut aheads) {
+            ahead.restart();
+            table.ask(chunk.iter().copied(), ahead);
+        }
+        for (chunk, ahead) in chunks.iter().zip(&mut aheads) {
+            if random.chance(20) {
+                let key = key(random.below(keys));
+                with_key(&key, |hash, item| table.remove(&mut world.txn, hash, item))
+                    .expect("there");
+                model.remove(&key);
+            }
+            table.find_and_log(&mut world.txn, chunk.iter().copied(), ahead);
+        }
+        for (chunk, ahead) in chunks.iter().zip(&mut aheads) {
+            apply(&mut world, &mut table, &mut model, chunk, ahead);
+        }
+        if random.chance(70) {
+            world.commit(&groups);
+            committed.clone_from(&model);
+        } else {
+            drop(table);
+            groups = world.attach();
+            table = groups.table(&mut world.txn, "table").expect("open");
+            model.clone_from(&committed);
+        }
+        check(&table, &model, GROUPS);
+    }
+}
+
+/// The third step: adds one to each key, in the order of the chunk.
+fn apply<K: Record + Ord + Copy + Debug>(
+    world: &mut World,
+    table: &mut Table<K, u64>,
+    model: &mut Model<K, u64>,
+    chunk: &[K],
+    ahead: &mut Ahead,
+) {
+    let mut rest = chunk;
+    while !rest.is_empty() {
+        let run = table.run(&mut world.txn, rest.iter().copied(), ahead);
+        let done = run.for_each(rest.iter(), |count, key| {
+            *count += 1;
+            let expected = model.entry(*key).or_insert(0);
+            *expected += 1;
+            assert_eq!(count, expected, "count of {key:?}");
+            ControlFlow::Continue(())
+        });
+        if let Some(key) = rest.get(done) {
+            with_key(key, |hash, item| {
+                table.update(&mut world.txn, hash, item, || 0, |count| *count += 1).expect("room");
+            });
+            *model.entry(*key).or_insert(0) += 1;
+        }
+        ahead.advance(done + 1);
+        rest = rest.get(done + 1..).unwrap_or_default();
+    }
+}
+
+#[test]
+fn values_found_ahead_are_their_keys_own_whatever_happens_to_the_table() {
+    for (seed, keys) in [(21, 10), (22, 300), (23, 20_000)] {
+        count_in_runs(seed, keys, |n| n);
+        count_in_runs(seed, keys, |n| n as u32);
+        count_in_runs(seed, keys, |n| [n, n / 7]);
+    }
+}
+
+#[test]
+fn what_was_found_ahead_in_another_table_is_not_used() {
+    let mut world = World::new(2, 1 << 20);
+    let groups = world.attach();
+    let mut one = groups.table::<u64, u64>(&mut world.txn, "one").expect("open");
+    let mut two = groups.table::<u64, u64>(&mut world.txn, "two").expect("open");
+    for (table, value) in [(&mut one, 1), (&mut two, 2)] {
+        with_key(&7, |hash, item| table.set(&mut world.txn, hash, item, &value)).expect("room");
+    }
+    let mut ahead = Ahead::default();
+    one.ask([7].into_iter(), &mut ahead);
+    one.find_and_log(&mut world.txn, [7].into_iter(), &mut ahead);
+    let run = two.run(&mut world.txn, [7].into_iter(), &mut ahead);
+    let mut seen = Vec::new();
+    run.for_each([7].iter(), |value, _| {
+        seen.push(*value);
+        ControlFlow::Continue(())
+    });
+    assert_eq!(seen, [2]);
+}
+
+#[test]
+fn what_was_found_ahead_before_a_commit_is_logged_again() {
+    let mut world = World::new(2, 1 << 20);
+    let groups = world.attach();
+    let mut table = groups.table::<u64, u64>(&mut world.txn, "table").expect("open");
+    with_key(&7, |hash, item| table.set(&mut world.txn, hash, item, &1)).expect("room");
+    let mut ahead = Ahead::default();
+    table.ask([7].into_iter(), &mut ahead);
+    table.find_and_log(&mut world.txn, [7].into_iter(), &mut ahead);
+    world.commit(&groups);
+    let run = table.run(&mut world.txn, [7].into_iter(), &mut ahead);
+    let done = run.for_each([7].iter(), |value, _| {
+        *value = 2;
+        ControlFlow::Continue(())
+    });
+    assert_eq!(done, 1);
+    let groups = world.attach();
+    let table = groups.table::<u64, u64>(&mut world.txn, "table").expect("open");
+    let found = with_key(&7, |hash, item| table.get(hash, item).map(|found| *found.view));
+    assert_eq!(found, Some(1));
 }

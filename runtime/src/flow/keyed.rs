@@ -7,7 +7,7 @@ use super::{Flow, chain::Chain, chain::InletChain};
 use crate::error::Error;
 use crate::exchange::route::ByKey;
 use crate::operator::Push;
-use crate::operator::aggregate::{AHEAD, Aggregate, KeyedParts, Reduce};
+use crate::operator::aggregate::{Aggregate, KeyedParts, Reduce};
 use crate::operator::process::{Declare, Process, ProcessContext};
 use crate::plan::{EdgeKind, Grouping, StateSpec};
 use crate::worker::attach::Attach;
@@ -189,8 +189,8 @@ where
         let keyed = keyed_parts(at, self.operator, self.key);
         let table = at.table(self.operator, "values")?;
         let (init, fold, emit) = (self.init, self.fold, self.emit);
-        let places = [std::ptr::null_mut(); AHEAD];
-        Ok(Aggregate { keyed, table, init, fold, emit, places, next, of: PhantomData })
+        let ahead = Default::default();
+        Ok(Aggregate { keyed, table, init, fold, emit, ahead, next, of: PhantomData })
     }
 }
 

@@ -210,7 +210,7 @@ impl<K, A, U, F, X> WindowLink<K, A, U, F, X> {
             cells,
             before,
             good: (0, 0),
-            places: [std::ptr::null_mut(); crate::operator::aggregate::AHEAD],
+            ahead: Default::default(),
             late_records: at.counter(self.operator, CounterKind::Late),
             late,
             next,

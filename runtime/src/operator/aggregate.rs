@@ -10,13 +10,10 @@ use super::{Push, hand_on};
 use crate::error::Error;
 use crate::worker::context::Cx;
 use std::marker::PhantomData;
+use std::ops::ControlFlow;
 use std::rc::Rc;
 use testudo_shm::record::{Batch, Item, Record, Scratch};
-use testudo_state::{KeyHash, Table};
-
-/// Records whose slots are asked for ahead of their use: enough to cover a miss to memory, few
-/// enough to stay in the nearest cache.
-pub(crate) const AHEAD: usize = 32;
+use testudo_state::{AHEAD, Ahead, KeyHash, Table};
 
 /// The parts of a keyed operator that do not depend on what it does.
 pub struct KeyedParts<K, F> {
@@ -67,6 +64,44 @@ pub(crate) fn pipelined<T: Record, O>(
     }
 }
 
+/// An operator on plain records that changes the values of plain keys, many at once, in three steps
+/// (see [`Table::run`]). Chunks have at most `AHEAD` records; each has its own `turn` while it is
+/// in work.
+pub(crate) trait InRuns<V> {
+    /// Asks for the memory where the keys of a chunk are looked for.
+    fn ask(&mut self, chunk: &[V], turn: usize);
+
+    /// Finds and logs the values of a chunk's keys.
+    fn find_and_log(&mut self, cx: &mut Cx, chunk: &[V], turn: usize);
+
+    /// Applies a chunk.
+    fn apply_chunk(&mut self, cx: &mut Cx, chunk: &[V], turn: usize);
+}
+
+/// Chunks in work at the same time: one for each step.
+pub(crate) const TURNS: usize = 3;
+
+/// Takes a batch through the three steps, each one chunk behind the step before it. The steps are
+/// functions of their own, each with all registers for its loop.
+#[inline(always)]
+pub(crate) fn in_runs<V>(operator: &mut impl InRuns<V>, cx: &mut Cx, batch: &[V]) {
+    let mut chunks = batch.chunks(AHEAD);
+    let mut first = chunks.next().unwrap_or_default();
+    let mut second = chunks.next().unwrap_or_default();
+    operator.ask(first, 0);
+    operator.ask(second, 1);
+    operator.find_and_log(cx, first, 0);
+    let mut turn = 0;
+    while !first.is_empty() {
+        let third = chunks.next().unwrap_or_default();
+        let (next, last) = ((turn + 1) % TURNS, (turn + 2) % TURNS);
+        operator.ask(third, last);
+        operator.find_and_log(cx, second, next);
+        operator.apply_chunk(cx, first, turn);
+        (first, second, turn) = (second, third, next);
+    }
+}
+
 /// `init`, `fold` and `emit`, over a table of accumulators.
 pub struct Aggregate<T: Record, K: Record, A: Record, U, F, I, G, E, N> {
     pub(crate) keyed: KeyedParts<K, Rc<F>>,
@@ -74,8 +109,8 @@ pub struct Aggregate<T: Record, K: Record, A: Record, U, F, I, G, E, N> {
     pub(crate) init: I,
     pub(crate) fold: G,
     pub(crate) emit: E,
-    /// Where the values of a run lie, while it is applied.
-    pub(crate) places: [*mut u8; AHEAD],
+    /// Where the keys of the chunks in work lie.
+    pub(crate) ahead: [Ahead; TURNS],
     pub(crate) next: N,
     pub(crate) of: PhantomData<fn(T) -> U>,
 }
@@ -93,11 +128,11 @@ where
     N: Push<U>,
 {
     #[inline(always)]
-    fn apply(&mut self, cx: &mut Cx, hash: KeyHash, item: Item<'_, T>) {
-        let key = (self.keyed.key)(item.view);
+    fn apply(&mut self, cx: &mut Cx, hash: KeyHash, record: &T::View) {
+        let key = (self.keyed.key)(record);
         let key = key.item(&mut self.keyed.scratch);
         let (init, fold) = (&self.init, &self.fold);
-        let done = self.table.update(&mut cx.txn, hash, key, init, |value| fold(value, item.view));
+        let done = self.table.update(&mut cx.txn, hash, key, init, |value| fold(value, record));
         match done {
             Ok(value) => {
                 let out = (self.emit)(key.view, value);
@@ -124,32 +159,63 @@ where
     fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
         let key = (self.keyed.key)(item.view);
         let hash = KeyHash::of(key.item(&mut self.keyed.scratch));
-        self.apply(cx, hash, item);
+        self.apply(cx, hash, item.view);
     }
 
     #[inline]
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        if !Table::<K, A>::IN_RUNS {
-            let ask = |this: &mut Self, item: Item<'_, T>| {
-                let hash = this.keyed.hash(item);
-                this.table.prefetch(hash);
-                hash
-            };
-            return pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
+        if Table::<K, A>::IN_RUNS
+            && let Some(records) = batch.as_slice()
+        {
+            return in_runs(self, cx, records);
         }
-        let mut hashes = [[KeyHash(0); AHEAD]; 2];
-        let (mut chunk, mut rest) = batch.split_at(AHEAD);
-        self.ask(chunk, &mut hashes[0]);
-        let mut turn = 0;
-        while !chunk.is_empty() {
-            let (next, after) = rest.split_at(AHEAD);
-            self.ask(next, &mut hashes[1 - turn]);
-            self.apply_chunk(cx, chunk, &hashes[turn]);
-            (chunk, rest, turn) = (next, after, 1 - turn);
-        }
+        let ask = |this: &mut Self, item: Item<'_, T>| {
+            let hash = this.keyed.hash(item);
+            this.table.prefetch(hash);
+            hash
+        };
+        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item.view));
     }
 
     hand_on!(end_batch, watermark, room, pump, save, end);
+}
+
+impl<T, K, A, U, F, I, G, E, N> InRuns<T::View> for Aggregate<T, K, A, U, F, I, G, E, N>
+where
+    T: Record,
+    K: Record,
+    A: Record,
+    U: Record,
+    F: Fn(&T::View) -> K,
+    I: Fn() -> A,
+    G: Fn(&mut A, &T::View),
+    E: Fn(&K::View, &A::View) -> U,
+    N: Push<U>,
+{
+    #[inline(never)]
+    fn ask(&mut self, chunk: &[T::View], turn: usize) {
+        self.ahead[turn].restart();
+        self.table.ask(chunk.iter().map(|record| (self.keyed.key)(record)), &mut self.ahead[turn]);
+    }
+
+    #[inline(never)]
+    fn find_and_log(&mut self, cx: &mut Cx, chunk: &[T::View], turn: usize) {
+        let keys = chunk.iter().map(|record| (self.keyed.key)(record));
+        self.table.find_and_log(&mut cx.txn, keys, &mut self.ahead[turn]);
+    }
+
+    #[inline(never)]
+    fn apply_chunk(&mut self, cx: &mut Cx, chunk: &[T::View], turn: usize) {
+        let mut rest = chunk;
+        while !rest.is_empty() {
+            let done = self.apply_run(cx, rest, turn);
+            if let Some(record) = rest.get(done) {
+                self.apply_slow(cx, record);
+            }
+            self.ahead[turn].advance(done + 1);
+            rest = rest.get(done + 1..).unwrap_or_default();
+        }
+    }
 }
 
 impl<T, K, A, U, F, I, G, E, N> Aggregate<T, K, A, U, F, I, G, E, N>
@@ -164,47 +230,28 @@ where
     E: Fn(&K::View, &A::View) -> U,
     N: Push<U>,
 {
-    /// Hashes the keys of a chunk and asks for their slots.
-    #[inline(always)]
-    fn ask(&mut self, chunk: Batch<'_, T>, hashes: &mut [KeyHash; AHEAD]) {
-        for (hash, item) in hashes.iter_mut().zip(chunk) {
-            *hash = self.keyed.hash(item);
-            self.table.prefetch(*hash);
-        }
-    }
-
-    /// Applies a chunk: all keys that are quickly found in one run, the others one by one.
-    #[inline(always)]
-    fn apply_chunk(&mut self, cx: &mut Cx, chunk: Batch<'_, T>, hashes: &[KeyHash; AHEAD]) {
-        let mut rest = chunk;
-        let mut from = 0;
-        while !rest.is_empty() {
-            let done = self.apply_run(cx, rest, &hashes[from..]);
-            let (slow, after) = rest.split_at(done).1.split_at(1);
-            if let Some(item) = slow.iter().next() {
-                self.apply(cx, hashes[from + done], item);
-            }
-            from += done + slow.len();
-            rest = after;
-        }
-    }
-
     /// Applies the longest run of quickly found keys; returns its length.
     #[inline(always)]
-    fn apply_run(&mut self, cx: &mut Cx, batch: Batch<'_, T>, hashes: &[KeyHash]) -> usize {
-        let key = &self.keyed.key;
-        let keys = hashes.iter().zip(batch).map(|(hash, item)| (*hash, key(item.view)));
-        let mut run = self.table.run(&mut cx.txn, keys, &mut self.places[..batch.len()]);
-        for (index, item) in batch.iter().enumerate().take(run.len()) {
-            let value = run.value(index);
-            (self.fold)(value, item.view);
+    fn apply_run(&mut self, cx: &mut Cx, records: &[T::View], turn: usize) -> usize {
+        let (key, fold, emit, next) = (&self.keyed.key, &self.fold, &self.emit, &mut self.next);
+        let keys = records.iter().map(|record| key(record));
+        let run = self.table.run(&mut cx.txn, keys, &mut self.ahead[turn]);
+        run.for_each(records.iter(), |value, record| {
+            fold(value, record);
             let mut unused = Scratch::default();
             let mut unused_too = Scratch::default();
-            let key = (self.keyed.key)(item.view);
-            let out = (self.emit)(key.item(&mut unused).view, value.item(&mut unused_too).view);
-            self.next.push_value(cx, &out);
-        }
-        run.len()
+            let out = emit(key(record).item(&mut unused).view, value.item(&mut unused_too).view);
+            next.push_value(cx, &out);
+            ControlFlow::Continue(())
+        })
+    }
+
+    #[inline(never)]
+    fn apply_slow(&mut self, cx: &mut Cx, record: &T::View) {
+        let mut unused = Scratch::default();
+        let key = (self.keyed.key)(record);
+        let hash = KeyHash::of(key.item(&mut unused));
+        self.apply(cx, hash, record);
     }
 }
 

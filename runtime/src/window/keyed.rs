@@ -12,14 +12,14 @@
 
 use super::{Bounds, Window};
 use crate::operator::Push;
-use crate::operator::aggregate::{AHEAD, KeyedParts, pipelined};
+use crate::operator::aggregate::{InRuns, KeyedParts, TURNS, in_runs, pipelined};
 use crate::worker::context::{CounterPlace, Cx};
 use std::marker::PhantomData;
 use std::ops::ControlFlow;
 use std::rc::Rc;
-use testudo_shm::record::{Batch, Item, Record};
+use testudo_shm::record::{Batch, Item, Record, Scratch};
 use testudo_shm::txn::Place;
-use testudo_state::{Groups, KeyHash, Slices, Table};
+use testudo_state::{Ahead, Groups, KeyHash, Slices, Table};
 
 /// Slots of dropped slices looked at for freeing in one call.
 const SWEEP: u64 = 512;
@@ -80,8 +80,8 @@ pub struct KeyedWindow<T: Record, K: Record, A: Record, U: Record, X: KeyedFns<T
     pub(crate) before: Vec<Fired>,
     /// The slice that was last found not to be late under the present watermark: [from, to).
     pub(crate) good: (i64, i64),
-    /// Where the values of a run lie, while it is folded.
-    pub(crate) places: [*mut u8; AHEAD],
+    /// Where the keys of the chunks in work lie.
+    pub(crate) ahead: [Ahead; TURNS],
     pub(crate) late_records: CounterPlace,
     pub(crate) late: M,
     pub(crate) next: N,
@@ -162,50 +162,31 @@ where
         }
     }
 
-    /// Hashes the keys of a chunk and asks for their slots in the slice in use.
-    #[inline(always)]
-    fn ask(&mut self, chunk: Batch<'_, T>, hashes: &mut [KeyHash; AHEAD]) {
-        for (hash, item) in hashes.iter_mut().zip(chunk) {
-            *hash = self.keyed.hash(item);
-            self.slices.prefetch(self.good.0, *hash);
-        }
-    }
-
-    /// Applies a chunk: all records of the slice in use whose keys are quickly found in one run,
-    /// the others one by one.
-    #[inline(always)]
-    fn apply_chunk(&mut self, cx: &mut Cx, chunk: Batch<'_, T>, hashes: &[KeyHash; AHEAD]) {
-        let mut rest = chunk;
-        let mut from = 0;
-        while !rest.is_empty() {
-            let done = self.apply_run(cx, rest, &hashes[from..]);
-            let (slow, after) = rest.split_at(done).1.split_at(1);
-            if let Some(item) = slow.iter().next() {
-                self.apply(cx, hashes[from + done], item);
-            }
-            from += done + slow.len();
-            rest = after;
-        }
-    }
-
     /// Folds the longest run of quickly found keys of the slice in use; returns its length.
     #[inline(always)]
-    fn apply_run(&mut self, cx: &mut Cx, batch: Batch<'_, T>, hashes: &[KeyHash]) -> usize {
+    fn apply_run(&mut self, cx: &mut Cx, records: &[T::View], turn: usize) -> usize {
         let (key, fns, good) = (&self.keyed.key, &self.fns, self.good);
         if good.0 == good.1 {
             return 0;
         }
-        let is_good = |time: i64| good.0 <= time && time < good.1;
-        let records = hashes.iter().zip(batch);
-        let keys = records
-            .take_while(|(_, item)| is_good(fns.time(item.view)))
-            .map(|(hash, item)| (*hash, key(item.view)));
+        let keys = records.iter().map(|record| key(record));
         let table = self.slices.slice(good.0);
-        let mut run = table.run(&mut cx.txn, keys, &mut self.places[..batch.len()]);
-        for (index, item) in batch.iter().enumerate().take(run.len()) {
-            fns.fold(run.value(index), item.view);
-        }
-        run.len()
+        let run = table.run(&mut cx.txn, keys, &mut self.ahead[turn]);
+        run.for_each(records.iter(), |value, record| {
+            let time = fns.time(record);
+            if time < good.0 || good.1 <= time {
+                return ControlFlow::Break(());
+            }
+            fns.fold(value, record);
+            ControlFlow::Continue(())
+        })
+    }
+
+    #[inline(never)]
+    fn apply_slow(&mut self, cx: &mut Cx, record: &T::View) {
+        let mut unused = Scratch::default();
+        let record = <T as Record>::to_owned(record);
+        self.push(cx, record.item(&mut unused));
     }
 
     /// Finds the slice of a time; false when all its windows have fired.
@@ -347,6 +328,47 @@ where
     }
 }
 
+impl<T, K, A, U, X, N, M> InRuns<T::View> for KeyedWindow<T, K, A, U, X, N, M>
+where
+    T: Record,
+    K: Record,
+    A: Record,
+    U: Record,
+    X: KeyedFns<T, K, A, U>,
+    N: Push<U>,
+    M: Late<T>,
+{
+    #[inline(never)]
+    fn ask(&mut self, chunk: &[T::View], turn: usize) {
+        self.ahead[turn].restart();
+        if let Some(table) = self.slices.in_use(self.good.0) {
+            let keys = chunk.iter().map(|record| (self.keyed.key)(record));
+            table.ask(keys, &mut self.ahead[turn]);
+        }
+    }
+
+    #[inline(never)]
+    fn find_and_log(&mut self, cx: &mut Cx, chunk: &[T::View], turn: usize) {
+        if let Some(table) = self.slices.in_use(self.good.0) {
+            let keys = chunk.iter().map(|record| (self.keyed.key)(record));
+            table.find_and_log(&mut cx.txn, keys, &mut self.ahead[turn]);
+        }
+    }
+
+    #[inline(never)]
+    fn apply_chunk(&mut self, cx: &mut Cx, chunk: &[T::View], turn: usize) {
+        let mut rest = chunk;
+        while !rest.is_empty() {
+            let done = self.apply_run(cx, rest, turn);
+            if let Some(record) = rest.get(done) {
+                self.apply_slow(cx, record);
+            }
+            self.ahead[turn].advance(done + 1);
+            rest = rest.get(done + 1..).unwrap_or_default();
+        }
+    }
+}
+
 impl<T, K, A, U, X, N, M> Push<T> for KeyedWindow<T, K, A, U, X, N, M>
 where
     T: Record,
@@ -365,24 +387,17 @@ where
     }
 
     fn push_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>) {
-        if !Table::<K, A>::IN_RUNS {
-            let ask = |this: &mut Self, item: Item<'_, T>| {
-                let hash = this.keyed.hash(item);
-                this.slices.prefetch(this.good.0, hash);
-                hash
-            };
-            return pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
+        if Table::<K, A>::IN_RUNS
+            && let Some(records) = batch.as_slice()
+        {
+            return in_runs(self, cx, records);
         }
-        let mut hashes = [[KeyHash(0); AHEAD]; 2];
-        let (mut chunk, mut rest) = batch.split_at(AHEAD);
-        self.ask(chunk, &mut hashes[0]);
-        let mut turn = 0;
-        while !chunk.is_empty() {
-            let (next, after) = rest.split_at(AHEAD);
-            self.ask(next, &mut hashes[1 - turn]);
-            self.apply_chunk(cx, chunk, &hashes[turn]);
-            (chunk, rest, turn) = (next, after, 1 - turn);
-        }
+        let ask = |this: &mut Self, item: Item<'_, T>| {
+            let hash = this.keyed.hash(item);
+            this.slices.prefetch(this.good.0, hash);
+            hash
+        };
+        pipelined(self, batch, ask, |this, hash, item| this.apply(cx, hash, item));
     }
 
     fn end_batch(&mut self, cx: &mut Cx) {
@@ -394,7 +409,9 @@ where
         self.late.watermark(cx, watermark);
         if watermark > cx.txn.get(self.cells.watermark) {
             cx.txn.set(self.cells.watermark, watermark);
-            self.good = (0, 0);
+            if self.good.0 != self.good.1 && self.window.last_end(self.good.0) <= watermark {
+                self.good = (0, 0);
+            }
             self.fire(cx);
         }
     }
