@@ -8,7 +8,7 @@ pub(crate) mod layout;
 
 pub(crate) mod explain;
 
-use crate::checkpoint::notes::Shape;
+use crate::checkpoint::notes::{Edge, Shape};
 use crate::checkpoint::regions::Regions;
 use crate::config::Settings;
 use crate::error::Error;
@@ -288,11 +288,7 @@ impl Plan {
         Shape {
             stages: self.stages.iter().map(|stage| stage.workers.clone()).collect(),
             operators: own.chain(operators.filter(is_inlet).map(named)).collect(),
-            edges: self
-                .edges
-                .iter()
-                .map(|edge| (edge.from, edge.to, edge.kind.label().to_owned()))
-                .collect(),
+            edges: self.edges.iter().map(as_edge).collect(),
         }
     }
 
@@ -333,6 +329,11 @@ fn regions(workers: usize, layout: &Layout) -> Regions {
     let rings = layout.rings.iter().map(|ring| (ring.from, ring.to));
     let edges: Vec<_> = rings.filter(|(from, to)| *from < workers && *to < workers).collect();
     Regions::of(workers, &edges)
+}
+
+fn as_edge(edge: &EdgeSpec) -> Edge {
+    let EdgeSpec { from, to, schema, .. } = *edge;
+    Edge { from, to, kind: edge.kind.label().to_owned(), schema }
 }
 
 /// The name of a stage: its first operator's, which may have been renamed since.

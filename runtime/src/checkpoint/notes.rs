@@ -52,8 +52,19 @@ pub(crate) struct Shape {
     pub(crate) stages: Vec<Vec<usize>>,
     /// Each operator's uid and stage; those that only take records from an exchange come last.
     pub(crate) operators: Vec<(String, usize)>,
-    /// The stages at the ends of each edge (none for the launching process), and its kind.
-    pub(crate) edges: Vec<(Option<usize>, Option<usize>, String)>,
+    pub(crate) edges: Vec<Edge>,
+}
+
+/// An exchange.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Edge {
+    /// The stages at its ends; none for the launching process.
+    pub(crate) from: Option<usize>,
+    pub(crate) to: Option<usize>,
+    pub(crate) kind: String,
+    /// What travels on it.
+    pub(crate) schema: u64,
 }
 
 /// Bytes in flight on an edge: frames, in a blob of their own.

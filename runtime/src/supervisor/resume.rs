@@ -8,7 +8,7 @@
 //! Called by `launch`.
 
 use super::checkpoint::StoreThread;
-use crate::checkpoint::notes::{Notes, Part, Shape};
+use crate::checkpoint::notes::{Edge, Notes, Part, Shape};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::{Grouping, Plan};
@@ -237,9 +237,14 @@ fn check(manifest: &Manifest, plan: &Plan, settings: &Settings) -> Result<(), Er
     Ok(())
 }
 
-/// By stage of the plan: its number and workers in the earlier run; by edge: its number there.
-/// Stages are known by the uids of their operators, edges by the stages at their ends.
-fn compare(was: &Shape, plan: &Plan) -> (Vec<Option<(usize, Vec<usize>)>>, Vec<Option<usize>>) {
+/// What a plan's stages and edges were in the earlier run: by stage its number and workers, by edge
+/// the numbers of those whose records in flight it takes.
+type Then = (Vec<Option<(usize, Vec<usize>)>>, Vec<Vec<usize>>);
+
+/// Stages are known by the uids of their operators. An edge is what it was when it has the same
+/// ends; what was in flight on an edge that is gone goes on from the same producer to whoever takes
+/// its records now, else to the same consumer.
+fn compare(was: &Shape, plan: &Plan) -> Then {
     let now = plan.as_shape();
     let known = |stage: usize| {
         let own = now.operators.iter().filter(|(_, of)| *of == stage);
@@ -248,22 +253,32 @@ fn compare(was: &Shape, plan: &Plan) -> (Vec<Option<(usize, Vec<usize>)>>, Vec<O
         Some((*old, was.stages.get(*old)?.clone()))
     };
     let stages: Vec<_> = (0..now.stages.len()).map(known).collect();
-    // An end that is not known matches nothing.
-    let end = |end: Option<usize>| match end {
+    // An end that is not known is like no other.
+    let then = |end: Option<usize>| match end {
         None => Some(None),
         Some(stage) => stages[stage].as_ref().map(|(number, _)| Some(*number)),
     };
-    let mut taken = Vec::new();
-    let edges = now.edges.iter().map(|(from, to, kind)| {
-        let (from, to) = (end(*from)?, end(*to)?);
-        let mut alike = was.edges.iter().enumerate().filter(|(number, (f, t, k))| {
-            (*f, *t, k) == (from, to, kind) && !taken.contains(number)
-        });
-        let number = alike.next()?.0;
-        taken.push(number);
-        Some(number)
-    });
-    let edges = edges.collect();
+    let mut edges = vec![Vec::new(); now.edges.len()];
+    let is_same = |old: &Edge, new: &Edge, rule: usize| {
+        let (from, to) = (then(new.from) == Some(old.from), then(new.to) == Some(old.to));
+        old.schema == new.schema
+            && match rule {
+                0 => from && to && old.kind == new.kind,
+                1 => from,
+                _ => to,
+            }
+    };
+    for (number, old) in was.edges.iter().enumerate() {
+        let alike = |rule: usize| {
+            let mut places = now.edges.iter().enumerate();
+            // Two edges between the same stages keep their order.
+            let is_free = |place: usize| rule > 0 || edges[place].is_empty();
+            places.find(|(place, new)| is_same(old, new, rule) && is_free(*place))
+        };
+        if let Some((place, _)) = (0..3).find_map(alike) {
+            edges[place].push(number);
+        }
+    }
     (stages, edges)
 }
 
@@ -271,12 +286,13 @@ fn compare(was: &Shape, plan: &Plan) -> (Vec<Option<(usize, Vec<usize>)>>, Vec<O
 fn check_flights(
     manifest: &Manifest,
     old: &[Old],
-    edges: &[Option<usize>],
+    edges: &[Vec<usize>],
     settings: &Settings,
 ) -> Result<(), Error> {
     let flights = old.iter().flat_map(|old| &old.notes.flights).map(|flight| flight.edge);
     let spills = old.iter().flat_map(|old| &old.notes.spills).map(|spill| spill.edge);
-    let mut lost = flights.chain(spills).filter(|edge| !edges.contains(&Some(*edge)));
+    let mut lost =
+        flights.chain(spills).filter(|edge| !edges.iter().any(|then| then.contains(edge)));
     match lost.next() {
         Some(edge) if !settings.allow_dropped_state => Err(Error::Checkpoint(format!(
             "checkpoint {} has records in flight on exchange {edge} of the job as it was, which it \

@@ -96,7 +96,7 @@ impl Attach {
         let then = restored.and_then(|was| {
             let (number, _) = was.stages.get(stage)?.as_ref()?;
             let edge = match edge {
-                Some(edge) => Some(was.edges.get(edge).copied().flatten()?),
+                Some(edge) => Some(*was.edges.get(edge)?.first()?),
                 None => None,
             };
             Some(name(*number, edge))

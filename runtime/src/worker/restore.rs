@@ -44,8 +44,9 @@ pub(crate) struct Restore {
     pub(crate) files: Vec<(usize, FileRef)>,
     /// By stage: its number then, and the worker of each of its subtasks.
     pub(crate) stages: Vec<Option<(usize, Vec<usize>)>>,
-    /// By edge: its number then.
-    pub(crate) edges: Vec<Option<usize>>,
+    /// By edge: the edges then whose records in flight are its own now; first itself, if it was
+    /// there.
+    pub(crate) edges: Vec<Vec<usize>>,
     /// Parts of sources by source, then by the subtask that reads them now.
     pub(crate) parts: Vec<(String, Vec<Vec<Part>>)>,
 }
@@ -124,9 +125,7 @@ impl Restored {
         mut wanted: Option<&mut dyn FnMut(Item<'_, T>) -> bool>,
     ) -> Result<Vec<Rest>, Error> {
         let mut rests = Vec::new();
-        let Some(edge) = self.plan.edges.get(edge).copied().flatten() else {
-            return Ok(Vec::new());
-        };
+        let edges = self.plan.edges.get(edge).cloned().unwrap_or_default();
         for old in 0..self.old.len() {
             let is_mine = |target: usize| match &wanted {
                 _ if self.plan.same_shape => target == to.0,
@@ -134,9 +133,9 @@ impl Restored {
                 None => target % to.1 == to.0,
             };
             let notes = &self.old[old].notes;
-            let flights = notes.flights.iter().filter(|f| f.edge == edge && is_mine(f.to));
+            let flights = notes.flights.iter().filter(|f| edges.contains(&f.edge) && is_mine(f.to));
             let flights: Vec<Flight> = flights.cloned().collect();
-            let spills = notes.spills.iter().filter(|s| s.edge == edge && is_mine(s.to));
+            let spills = notes.spills.iter().filter(|s| edges.contains(&s.edge) && is_mine(s.to));
             let spills: Vec<Spilled> = spills.cloned().collect();
             for flight in flights {
                 let frames = self.blob(old, &flight.blob)?;
