@@ -22,6 +22,7 @@ use super::save::{Saved, Saver};
 use crate::checkpoint::notes::{self, Flight, Notes, Part, Spilled};
 use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use testudo_shm::cell::Cells;
@@ -100,6 +101,8 @@ struct OpenCut {
     /// The file's number in the ledger.
     number: u32,
     writer: RegionWriter,
+    /// Blocks that the file will have, about.
+    blocks: usize,
     /// Pages of each segment that are state.
     pages: Vec<u64>,
     notes: Notes,
@@ -119,6 +122,7 @@ struct OpenCut {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    Room,
     Blocks,
     Flights,
     Blobs,
@@ -163,6 +167,11 @@ impl Ledger {
                 (self.files.len() - 1) as u32
             }
         }
+    }
+
+    /// A segment will have so many pages noted.
+    pub(crate) fn make_room(&mut self, segment: usize, pages: u64) {
+        self.pages[segment].resize(pages as usize, NOWHERE);
     }
 
     /// A file that was there before this process: each has a number of its own.
@@ -237,7 +246,12 @@ impl Cutter {
         words: &'static CutWords,
         saver: Saver,
         ledger: Ledger,
+        txn: &mut Txn,
     ) -> Self {
+        // Only state is behind the first segment of it: so many blocks a file has at least.
+        let first = plan.held.iter().find(|held| held.key.kind != notes::SPILL);
+        let first = first.map_or(u64::MAX, |held| held.at / BLOCK as u64);
+        txn.with_tracker(|tracker| tracker.count_from(first));
         let epoch = region.epoch.load(Ordering::Acquire);
         words.joined.store(epoch, Ordering::Release);
         Self { plan, region, words, saver, epoch, unsettled: false, ledger, open: None }
@@ -282,11 +296,11 @@ impl Cutter {
             epoch,
             incarnation: self.plan.incarnation,
         };
-        let blocks = cx.txn.with_tracker(|tracker| tracker.dirty()).unwrap_or(0);
-        let mut writer = RegionWriter::with_capacity(header, blocks);
+        let mut writer = RegionWriter::new(header);
+        let least = cx.txn.with_tracker(|tracker| tracker.counted()).unwrap_or(0) as u64;
         let (spills, pages, also) = self.list_segments(&cx.txn, &mut writer);
-        let copies = self.plan.copies_max;
-        let taken = cx.txn.with_tracker(|tracker| tracker.begin(also.into_iter(), copies));
+        let (wanted, copies) = (self.wanted(&cx.txn), self.plan.copies_max);
+        let taken = cx.txn.with_tracker(|tracker| tracker.begin(also.into_iter(), wanted, copies));
         let cells = self.plan.cells.export(&cx.txn).unwrap_or_default();
         let counters = self.plan.counters.iter();
         let notes = Notes {
@@ -299,9 +313,6 @@ impl Cutter {
             spills,
             parts: self.plan.parts.clone(),
         };
-        let first = self.plan.held.iter().find(|held| held.key.kind != notes::SPILL);
-        let first = first.map_or(u64::MAX, |held| held.at / BLOCK as u64);
-        let least = cx.txn.with_tracker(|tracker| tracker.taken_from(first)).unwrap_or(0) as u64;
         let path = self.plan.folder.join(writer.name());
         self.saver.begin(&path, (least + 1) * BLOCK as u64, outputs(cx));
         self.add_header(&writer);
@@ -314,13 +325,14 @@ impl Cutter {
             epoch,
             number,
             writer,
+            blocks: taken.unwrap_or(0),
             pages,
             notes,
             cells: notes::pack_cells(&cells),
             copying,
             blobs: VecDeque::new(),
             blob_blocks: 0,
-            stage: Stage::Blocks,
+            stage: Stage::Room,
             file: None,
             flight_bytes: 0,
             is_full: false,
@@ -412,6 +424,17 @@ impl Cutter {
         (spills, pages, also)
     }
 
+    /// The blocks that are state, segment by segment: a restore puts those in place together that
+    /// lie behind each other both in the file and in memory.
+    fn wanted(&self, txn: &Txn) -> Vec<Range<u64>> {
+        let blocks = |held: &Held| {
+            let (begin, end) = extent(txn, held);
+            let block = BLOCK as u64;
+            (held.at + begin) / block..(held.at + end).div_ceil(block)
+        };
+        self.plan.held.iter().map(blocks).collect()
+    }
+
     /// After a step's publication: goes on with the open cut. True when it is over.
     pub(crate) fn advance(&mut self, cx: &mut Cx, now_ns: u64) -> bool {
         let Some(open) = &self.open else { return true };
@@ -476,6 +499,12 @@ impl Cutter {
             budget -= 1;
             let Some(place) = self.saver.place() else { return };
             let placed = match open.stage {
+                Stage::Room => {
+                    // Not in the snapshot: fresh memory for a list of many blocks takes its time.
+                    open.writer.reserve(open.blocks);
+                    open.stage = Stage::Blocks;
+                    false
+                }
                 Stage::Blocks => {
                     let (held, ledger) = (&self.plan.held, &mut self.ledger);
                     let save = |block, bytes: &_| open.add_block(held, ledger, block, bytes, place);
@@ -484,7 +513,7 @@ impl Cutter {
                             open.stage = Stage::Flights;
                             false
                         }
-                        Some(is_state) => is_state,
+                        Some(is_state) => is_state.unwrap_or(false),
                     }
                 }
                 Stage::Flights => {

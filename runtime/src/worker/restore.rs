@@ -42,6 +42,8 @@ pub(crate) struct Restore {
     pub(crate) is_lazy: bool,
     /// Each old worker's newest file.
     pub(crate) files: Vec<(usize, FileRef)>,
+    /// Old workers whose spills held records, on their way to any worker.
+    pub(crate) spillers: Vec<usize>,
     /// Subtasks of each stage then.
     pub(crate) stages: Vec<usize>,
     /// Parts of sources by source, then by the subtask that reads them now.
@@ -95,11 +97,19 @@ pub(crate) fn open_disk(choice: DiskChoice) -> Result<(Box<dyn Disk>, Option<Str
 }
 
 impl Restored {
-    /// Opens all files of the checkpoint.
-    pub(crate) fn open(folder: &Path, plan: &Restore, choice: DiskChoice) -> Result<Self, Error> {
+    /// Opens those files of the checkpoint that worker `own` needs: in another shape, all of them.
+    pub(crate) fn open(
+        folder: &Path,
+        plan: &Restore,
+        own: usize,
+        choice: DiskChoice,
+    ) -> Result<Self, Error> {
         let (mut disk, _) = open_disk(choice)?;
         let pool = Pool::new(STAGING_BYTES);
-        let old = plan.files.iter().map(|(worker, file)| {
+        let is_needed =
+            |worker: usize| !plan.same_shape || worker == own || plan.spillers.contains(&worker);
+        let needed = plan.files.iter().filter(|(worker, _)| is_needed(*worker));
+        let old = needed.map(|(worker, file)| {
             let chain = Arc::new(Chain::open(&mut *disk, &pool, folder, file)?);
             OldWorker::read(*worker, chain, &mut *disk, &pool, folder)
         });
