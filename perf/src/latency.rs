@@ -13,14 +13,14 @@
 
 use crate::regime::{self, histogram};
 use crate::report::{Failure, Line, Lines, Params};
-use crate::workloads::{Bid, K1, bid};
+use crate::workloads::{Bid, K1, bid_of};
 use crate::{EngineArgs, scratch};
 use hdrhistogram::Histogram;
 use std::cell::RefCell;
 use std::fmt::Write;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
-use testudo::config::Idle;
+use testudo::config::{Idle, Settings};
 use testudo::prelude::*;
 use testudo::source::{Collect, Progress, Reader, Source, Subtask};
 use testudo::time::now_ns;
@@ -45,10 +45,35 @@ pub struct Args {
 /// What every process of the job is told.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 struct Plan {
+    keys: u64,
     rate: u64,
     warm_events: u64,
     events: u64,
     folder: PathBuf,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Keys of the count.
+    pub keys: u64,
+    /// Events a second, all sources together.
+    pub rate: u64,
+    /// Seconds that count.
+    pub secs: u64,
+    /// Seconds before them that do not.
+    pub warm: u64,
+}
+
+/// What a run gave, in nanoseconds.
+#[derive(Debug)]
+pub struct Latencies {
+    /// The regime.
+    pub regime: Option<[u64; 2]>,
+    /// Events that crossed to another process.
+    pub crossed: Histogram<u64>,
+    /// All events.
+    pub all: Histogram<u64>,
 }
 
 /// An event on its way: 32 bytes, as in w1.
@@ -118,7 +143,7 @@ impl OpenLoopReader {
 
     fn fill(&self, at: &mut Place, max: usize, out: &mut impl Collect<Sent>) {
         for _ in 0..max {
-            if at.filled >= K1 {
+            if at.filled >= self.plan.keys {
                 break;
             }
             out.emit(Sent { auction: at.filled, process: 0, price: 0, due_ns: 0 });
@@ -135,7 +160,7 @@ impl Reader<Sent, Place> for OpenLoopReader {
         max: usize,
         out: &mut impl Collect<Sent>,
     ) -> Result<Progress, String> {
-        if at.filled < K1 {
+        if at.filled < self.plan.keys {
             self.fill(at, max, out);
             return Ok(Progress::More);
         }
@@ -147,7 +172,7 @@ impl Reader<Sent, Place> for OpenLoopReader {
         let mut due = self.due_ns(at.begun_ns, at.next);
         let mut left = max;
         while due <= now && left > 0 && at.next < self.plan.events {
-            let Bid { auction, price, .. } = bid::<K1>(at.next);
+            let Bid { auction, price, .. } = bid_of(at.next, self.plan.keys);
             let process = if at.next < self.plan.warm_events { 0 } else { self.process };
             out.emit(Sent { auction, process, price, due_ns: due });
             at.next += self.subtask.count as u64;
@@ -240,46 +265,54 @@ fn job(flow: &Flow, parameters: &str) {
 
 /// Measures.
 pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
-    if args.rate == 0 || args.secs == 0 {
-        return Err(Failure::Usage("--rate and --secs must be at least 1".into()));
-    }
-    let folder = scratch::Folder::new()?;
-    let plan = Plan {
-        rate: args.rate,
-        warm_events: args.warm * args.rate,
-        events: (args.warm + args.secs) * args.rate,
-        folder: folder.path().into(),
-    };
     let mut engine = args.engine.clone();
     // As the others do: a worker that sleeps adds the time of waking it up.
     engine.idle = Some(engine.idle.unwrap_or(Idle::Spin));
     let settings = engine.settings("perf-latency")?;
+    let load = Load { keys: K1, rate: args.rate, secs: args.secs, warm: args.warm };
+    let measured = measure(load, settings.clone())?;
+    let mut params = Params::new();
+    params.insert("rate".into(), args.rate.into());
+    params.insert("secs".into(), args.secs.into());
+    args.engine.describe(&settings, &mut params);
+    let mut lines = Lines::new("latency", params, measured.regime);
+    add(&mut lines, "latency_us", &measured.crossed);
+    add(&mut lines, "all_latency_us", &measured.all);
+    Ok(lines.finish())
+}
+
+/// Runs the job once with these settings.
+pub fn measure(load: Load, settings: Settings) -> Result<Latencies, Failure> {
+    if load.rate == 0 || load.secs == 0 || load.keys == 0 {
+        return Err(Failure::Usage("the rate, the seconds and the keys must be at least 1".into()));
+    }
+    let folder = scratch::Folder::new()?;
+    let plan = Plan {
+        keys: load.keys,
+        rate: load.rate,
+        warm_events: load.warm * load.rate,
+        events: (load.warm + load.secs) * load.rate,
+        folder: folder.path().into(),
+    };
     let parameters = serde_json::to_string(&plan).unwrap_or_default();
-    let job = Job::new(job).parameters(parameters).settings(settings.clone());
+    let job = Job::new(job).parameters(parameters).settings(settings);
     let (regime, report) = regime::around(|| job.run());
     let report = report?;
-    if report.records_out != plan.events + K1 || !report.restarts.is_empty() {
+    if report.records_out != plan.events + load.keys || !report.restarts.is_empty() {
         return Err(Failure::Wrong(format!(
             "{} of {} events were counted, {} workers died",
-            report.records_out.saturating_sub(K1),
+            report.records_out.saturating_sub(load.keys),
             plan.events,
             report.restarts.len()
         )));
     }
     let (crossed, all) = collect(folder.path())?;
-    let measured = args.secs * args.rate;
+    let measured = load.secs * load.rate;
     if all.len() != measured {
         let (found, measured) = (all.len(), measured);
         return Err(Failure::Wrong(format!("{found} of {measured} events were timed")));
     }
-    let mut params = Params::new();
-    params.insert("rate".into(), args.rate.into());
-    params.insert("secs".into(), args.secs.into());
-    args.engine.describe(&settings, &mut params);
-    let mut lines = Lines::new("latency", params, regime);
-    add(&mut lines, "latency_us", &crossed);
-    add(&mut lines, "all_latency_us", &all);
-    Ok(lines.finish())
+    Ok(Latencies { regime, crossed, all })
 }
 
 /// Puts the workers' histograms together: of what crossed, and of everything.

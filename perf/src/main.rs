@@ -28,6 +28,12 @@ mod startup;
 
 mod regions;
 
+mod raw;
+
+mod checkpoint;
+
+mod restore;
+
 mod compare;
 
 use clap::{Parser, Subcommand};
@@ -71,11 +77,18 @@ enum Bench {
     Startup(startup::Args),
     /// How often checkpoints complete while regions fail: the coordinator on simulated tasks
     Regions(regions::Args),
+    /// w1 with a checkpoint every second: throughput, pauses, bytes a second, latency
+    Checkpoint(checkpoint::Args),
+    /// Resuming a job with much state: first output, full load, bytes a second
+    Restore(restore::Args),
     /// This engine and others in turn, on the same work, by regime
     Compare(compare::Args),
     /// The job that `startup` launches
     #[command(hide = true)]
     StartupJob(startup::JobArgs),
+    /// The job that `restore` launches
+    #[command(hide = true)]
+    RestoreJob(restore::JobArgs),
 }
 
 /// What every job of a bench can be told about the engine.
@@ -141,6 +154,9 @@ fn run(bench: &Bench) -> Result<Vec<Line>, Failure> {
         Bench::Recovery(args) => recovery::run(args),
         Bench::Startup(args) => startup::run(args),
         Bench::Regions(args) => regions::run(args),
+        Bench::Checkpoint(args) => checkpoint::run(args),
+        Bench::Restore(args) => restore::run(args),
+        Bench::RestoreJob(args) => restore::job_process(args).map(|()| Vec::new()),
         Bench::Compare(args) => compare::run(args).map(|()| Vec::new()),
         Bench::StartupJob(args) => startup::job_process(args).map(|()| Vec::new()),
     }

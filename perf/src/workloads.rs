@@ -43,8 +43,16 @@ pub fn splitmix64(n: u64) -> u64 {
 #[inline(always)]
 #[must_use]
 pub fn bid<const K: u64>(n: u64) -> Bid {
+    bid_of(n, K)
+}
+
+/// The same where the number of keys is known at run time only.
+#[inline(always)]
+#[must_use]
+pub fn bid_of(n: u64, keys: u64) -> Bid {
     let r = splitmix64(n);
-    Bid { auction: r % K, bidder: (r >> 20) % 100_000, price: (r >> 40) % 10_000, ts_ms: n / 1000 }
+    let auction = r % keys;
+    Bid { auction, bidder: (r >> 20) % 100_000, price: (r >> 40) % 10_000, ts_ms: n / 1000 }
 }
 
 /// w0: map, exchange, black box; no state.
@@ -60,6 +68,16 @@ pub fn w0(flow: &Flow, events: u64) {
 /// w1: a running count by key, every new count to a black box.
 pub fn w1(flow: &Flow, events: u64) {
     flow.source("bids", Generator::new(events, bid::<K1>))
+        .key_by(|bid| bid.auction)
+        .aggregate(|| 0u64, |count, _| *count += 1, |_, count| *count)
+        .for_each(|count| {
+            black_box(count);
+        });
+}
+
+/// w1 with another number of keys.
+pub fn w1_of(flow: &Flow, events: u64, keys: u64) {
+    flow.source("bids", Generator::new(events, move |n| bid_of(n, keys)))
         .key_by(|bid| bid.auction)
         .aggregate(|| 0u64, |count, _| *count += 1, |_, count| *count)
         .for_each(|count| {

@@ -17,6 +17,7 @@
 
 use crate::fault::SetupError;
 use std::collections::VecDeque;
+use std::ops::Range;
 
 /// Bytes of a block.
 pub const BLOCK: usize = 4096;
@@ -28,6 +29,12 @@ const CLEAN: u8 = 0;
 
 /// Copies are allocated so many at a time.
 const CHUNK: usize = 256;
+
+/// Blocks that one call looks at in search of one to be saved.
+const LOOKED_AT_ONCE: u64 = 64 << 10;
+
+/// Entries of the list of changed blocks that one call looks at.
+const LISTED_AT_ONCE: usize = 1024;
 
 /// One block's bytes, aligned as on disk.
 #[derive(Clone)]
@@ -50,10 +57,16 @@ pub struct Tracker {
     /// Value of blocks that were changed in this interval: 1 or 2 in turn.
     now: u8,
     dirty: Vec<u64>,
+    /// How many of them do not lie before `counted_from`.
+    counted: usize,
+    counted_from: u64,
     /// All blocks of the cut that is open or not settled.
     taken: Vec<u64>,
     /// How many of them the saver has passed.
     passed: usize,
+    /// What is saved first, in this order, and where in it the saver is.
+    wanted: Vec<Range<u64>>,
+    looking: usize,
     copies: VecDeque<(u64, u32)>,
     pool: Vec<Box<[Bytes]>>,
     free: Vec<u32>,
@@ -90,8 +103,12 @@ impl Tracker {
             map_bytes,
             now: 1,
             dirty: Vec::new(),
+            counted: 0,
+            counted_from: 0,
             taken: Vec::new(),
             passed: 0,
+            wanted: Vec::new(),
+            looking: 0,
             copies: VecDeque::new(),
             pool: Vec::new(),
             free: Vec::new(),
@@ -132,8 +149,13 @@ impl Tracker {
                 unsafe { self.keep_copy(base, block) };
             }
             *self.state(block) = now;
-            self.dirty.push(block);
+            self.list(block);
         }
+    }
+
+    fn list(&mut self, block: u64) {
+        self.dirty.push(block);
+        self.counted += usize::from(block >= self.counted_from);
     }
 
     unsafe fn keep_copy(&mut self, base: *const u8, block: u64) {
@@ -172,17 +194,30 @@ impl Tracker {
         let state = self.state(block);
         if *state != now {
             *state = now;
-            self.dirty.push(block);
+            self.list(block);
         }
     }
 
     /// Begins a cut: all blocks changed since the last one are to be saved as they are now, and
-    /// those of `also`. At most `copies_max` blocks are copied before stores. Returns how many
-    /// blocks there are. The last cut must be settled.
-    pub fn begin(&mut self, also: impl Iterator<Item = u64>, copies_max: usize) -> usize {
+    /// those of `also`. Those in `wanted`, ranges of blocks in ascending order, are given out first,
+    /// in that order: they lie behind each other in the file as they do in memory. At most
+    /// `copies_max` blocks are copied before stores. Returns how many blocks there are. The last cut
+    /// must be settled.
+    pub fn begin(
+        &mut self,
+        also: impl Iterator<Item = u64>,
+        wanted: Vec<Range<u64>>,
+        copies_max: usize,
+    ) -> usize {
         debug_assert!(!self.is_open && self.taken.is_empty());
         let old = self.now;
-        self.taken = std::mem::take(&mut self.dirty);
+        // The two lists change places: neither is freed, nor grown again.
+        std::mem::swap(&mut self.taken, &mut self.dirty);
+        self.counted = 0;
+        let map_bytes = self.map_bytes as u64;
+        assert!(wanted.iter().all(|blocks| blocks.end <= map_bytes), "blocks outside the arena");
+        self.wanted = wanted;
+        self.looking = 0;
         for block in also {
             let state = self.state(block);
             if *state != old {
@@ -198,10 +233,16 @@ impl Tracker {
         self.taken.len()
     }
 
-    /// How many blocks of the last cut do not lie before this one.
+    /// From here on, [`Tracker::counted`] counts changed blocks that do not lie before this one.
+    pub fn count_from(&mut self, first: u64) {
+        self.counted_from = first;
+        self.counted = self.dirty.iter().filter(|block| **block >= first).count();
+    }
+
+    /// How many blocks of those that [`Tracker::count_from`] names changed since the last cut.
     #[must_use]
-    pub fn taken_from(&self, first: u64) -> usize {
-        self.taken.iter().filter(|block| **block >= first).count()
+    pub fn counted(&self) -> usize {
+        self.counted
     }
 
     /// Whether a cut is open.
@@ -218,7 +259,8 @@ impl Tracker {
     }
 
     /// Gives out the next block of the open cut, as it was at the cut: its number in the arena at
-    /// `base`, and its bytes. `None` when all are saved.
+    /// `base`, and its bytes. `Some(None)` when there was nothing to give out where it looked, and
+    /// there is more to look at; `None` when all are saved.
     ///
     /// # Safety
     /// All blocks of the cut are mapped readable at `base`, and written by this thread only.
@@ -226,21 +268,56 @@ impl Tracker {
         &mut self,
         base: *const u8,
         save: impl FnOnce(u64, &[u8; BLOCK]) -> R,
-    ) -> Option<R> {
+    ) -> Option<Option<R>> {
         if let Some((block, slot)) = self.copies.pop_front() {
             let saved = save(block, &self.pool[slot as usize / CHUNK][slot as usize % CHUNK].0);
             self.free.push(slot);
-            return Some(saved);
+            return Some(Some(saved));
         }
+        let found = match self.wanted.get(self.looking) {
+            Some(_) => self.look(),
+            None if self.passed < self.taken.len() => self.look_at_rest(),
+            None => return None,
+        };
+        let Some(block) = found else { return Some(None) };
+        *self.state(block) = CLEAN;
+        // SAFETY: mapped, and not written while borrowed, by the caller's promise.
+        let bytes = unsafe { &*base.add((block as usize) << BLOCK_LOG2).cast() };
+        Some(Some(save(block, bytes)))
+    }
+
+    /// The next block of the wanted ranges that is not saved yet.
+    fn look(&mut self) -> Option<u64> {
         let old = 3 - self.now;
-        while let Some(&block) = self.taken.get(self.passed) {
+        let mut left = LOOKED_AT_ONCE;
+        while left > 0
+            && let Some(blocks) = self.wanted.get_mut(self.looking)
+        {
+            let count = (blocks.end.saturating_sub(blocks.start)).min(left);
+            // SAFETY: inside the map, as `begin` has checked; it is ours alone.
+            let states = unsafe {
+                std::slice::from_raw_parts(self.map.add(blocks.start as usize), count as usize)
+            };
+            if let Some(at) = find(states, old) {
+                let block = blocks.start + at as u64;
+                blocks.start = block + 1;
+                return Some(block);
+            }
+            blocks.start += count;
+            left -= count;
+            self.looking += usize::from(blocks.start >= blocks.end);
+        }
+        None
+    }
+
+    /// The next block that is in none of the wanted ranges.
+    fn look_at_rest(&mut self) -> Option<u64> {
+        let (old, end) = (3 - self.now, self.taken.len().min(self.passed + LISTED_AT_ONCE));
+        while self.passed < end {
+            let block = self.taken[self.passed];
             self.passed += 1;
-            let state = self.state(block);
-            if *state == old {
-                *state = CLEAN;
-                // SAFETY: mapped, and not written while borrowed, by the caller's promise.
-                let bytes = unsafe { &*base.add((block as usize) << BLOCK_LOG2).cast() };
-                return Some(save(block, bytes));
+            if *self.state(block) == old {
+                return Some(block);
             }
         }
         None
@@ -259,19 +336,22 @@ impl Tracker {
             let state = self.state(block);
             if *state == old {
                 *state = now;
-                self.dirty.push(block);
+                self.list(block);
             }
         }
         self.passed = self.taken.len();
+        self.looking = self.wanted.len();
     }
 
     /// Settles the last cut: a good one counts from here on; what a bad one took is dirty again.
     pub fn settle(&mut self, is_good: bool) {
         debug_assert!(!self.is_open);
-        let taken = std::mem::take(&mut self.taken);
+        let mut taken = std::mem::take(&mut self.taken);
         if !is_good {
             taken.iter().for_each(|&block| self.mark(block));
         }
+        taken.clear();
+        self.taken = taken;
     }
 
     /// Blocks that changed since the last cut.
@@ -294,6 +374,15 @@ impl Drop for Tracker {
     }
 }
 
+/// Where a value first is. Chunk by chunk, which the compiler does for many at a time.
+fn find(states: &[u8], value: u8) -> Option<usize> {
+    const CHUNK: usize = 64;
+    let has = |chunk: &[u8]| chunk.iter().fold(false, |has, state| has | (*state == value));
+    let clean = states.chunks(CHUNK).take_while(|chunk| !has(chunk)).count() * CHUNK;
+    let rest = states.get(clean..)?;
+    Some(clean + rest.iter().position(|state| *state == value)?)
+}
+
 fn clock_ns() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: now is a valid place for the result.
@@ -306,6 +395,7 @@ mod tests {
     use super::*;
 
     const BLOCKS: usize = 8;
+    const ALL: [Range<u64>; 1] = [0..BLOCKS as u64];
 
     struct Memory(Box<[Bytes]>);
 
@@ -329,9 +419,8 @@ mod tests {
             let base = self.base();
             // SAFETY: as above.
             while let Some(one) = unsafe { tracker.save_next(base, |block, b| (block, b[7])) } {
-                all.push(one);
+                all.extend(one);
             }
-            all.sort_unstable();
             all
         }
     }
@@ -346,14 +435,15 @@ mod tests {
         for block in 0..4 {
             memory.store(&mut tracker, block, 1);
         }
-        tracker.begin(std::iter::empty(), 100);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 100);
         memory.store(&mut tracker, 2, 9);
         memory.store(&mut tracker, 2, 10);
         memory.store(&mut tracker, 6, 9);
-        assert_eq!(memory.saved(&mut tracker), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+        // The one that was stored to comes first: its copy is wanted back.
+        assert_eq!(memory.saved(&mut tracker), [(2, 1), (0, 1), (1, 1), (3, 1)]);
         tracker.close();
         tracker.settle(true);
-        tracker.begin(std::iter::empty(), 100);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 100);
         assert_eq!(memory.saved(&mut tracker), [(2, 10), (6, 9)]);
     }
 
@@ -362,7 +452,7 @@ mod tests {
         let (mut memory, mut tracker) = (Memory::new(), tracker());
         memory.store(&mut tracker, 0, 1);
         memory.store(&mut tracker, 1, 1);
-        tracker.begin(std::iter::empty(), 100);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 100);
         let base = memory.base();
         // SAFETY: the blocks are this test's.
         unsafe { tracker.save_next(base, |_, _| ()) };
@@ -370,7 +460,7 @@ mod tests {
         memory.store(&mut tracker, 5, 2);
         tracker.close();
         tracker.settle(false);
-        tracker.begin(std::iter::empty(), 100);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 100);
         assert_eq!(memory.saved(&mut tracker), [(0, 2), (1, 1), (5, 2)]);
     }
 
@@ -378,12 +468,12 @@ mod tests {
     fn without_room_for_copies_the_cut_fails_and_nothing_is_lost() {
         let (mut memory, mut tracker) = (Memory::new(), tracker());
         memory.store(&mut tracker, 0, 1);
-        tracker.begin(std::iter::empty(), 0);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 0);
         memory.store(&mut tracker, 0, 2);
         assert!(tracker.has_overflowed());
         tracker.close();
         tracker.settle(false);
-        tracker.begin(std::iter::empty(), 100);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 100);
         assert_eq!(memory.saved(&mut tracker), [(0, 2)]);
     }
 
@@ -391,12 +481,27 @@ mod tests {
     fn a_clean_block_is_saved_again_when_asked_for() {
         let (mut memory, mut tracker) = (Memory::new(), tracker());
         memory.store(&mut tracker, 3, 1);
-        tracker.begin(std::iter::empty(), 100);
+        tracker.begin(std::iter::empty(), ALL.to_vec(), 100);
         memory.saved(&mut tracker);
         tracker.close();
         tracker.settle(true);
-        tracker.begin([3].into_iter(), 100);
+        tracker.begin([3].into_iter(), ALL.to_vec(), 100);
         memory.store(&mut tracker, 3, 4);
         assert_eq!(memory.saved(&mut tracker), [(3, 1)]);
+    }
+
+    #[test]
+    fn wanted_blocks_come_in_order_and_the_others_after_them() {
+        let (mut memory, mut tracker) = (Memory::new(), tracker());
+        tracker.count_from(4);
+        for block in [7, 2, 5, 0, 4] {
+            memory.store(&mut tracker, block, block as u8);
+        }
+        assert_eq!(tracker.counted(), 3);
+        tracker.begin(std::iter::empty(), vec![1..3, 4..6], 100);
+        assert_eq!(memory.saved(&mut tracker), [(2, 2), (4, 4), (5, 5), (7, 7), (0, 0)]);
+        tracker.close();
+        tracker.settle(true);
+        assert_eq!((tracker.dirty(), tracker.counted()), (0, 0));
     }
 }

@@ -59,7 +59,8 @@ pub(crate) fn choose(
 fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Error> {
     let failed = |error: StoreError| Error::Checkpoint(error.to_string());
     let mut damages = Vec::new();
-    for candidate in store.candidates().map_err(failed)? {
+    // The lists of blocks are the workers' to read: a damaged one brings the job back here.
+    for candidate in store.named().map_err(failed)? {
         let Some(manifest) = &candidate.manifest else {
             damages.extend(candidate.damage.map(|damage| damage.to_string()));
             continue;
@@ -143,7 +144,7 @@ fn open(store: &mut Store, manifest: Manifest) -> Result<Chosen, Error> {
         for region in &manifest.regions {
             for file in &region.workers {
                 let worker = file.worker as usize;
-                let chain = Arc::new(store.chain(&file.file)?);
+                let chain = Arc::new(store.chain_end(&file.file)?);
                 let (disk, pool) = store.disk();
                 let OldWorker { notes, cells, .. } =
                     OldWorker::read(worker, chain, disk, pool, &folder)?;
@@ -176,6 +177,7 @@ impl Chosen {
             same_shape,
             is_lazy: lazy,
             files: files.map(|file| (file.worker as usize, file.file.clone())).collect(),
+            spillers: old.iter().filter(|o| !o.notes.spills.is_empty()).map(|o| o.worker).collect(),
             stages,
             edges,
             parts: deal_parts(&old, plan, same_shape),

@@ -224,6 +224,7 @@ impl Attach {
         this.wake_everyone();
         own.attached_ns.store(crate::time::now_ns(), Ordering::Relaxed);
         own.state.store(WorkerState::Running as u32, Ordering::Release);
+        this.resuming.begin_loading(own, this.last_words);
         Ok((this, stages))
     }
 

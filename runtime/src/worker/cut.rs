@@ -23,6 +23,7 @@ use crate::checkpoint::notes::{self, Flight, Notes, Part, Shape, Spilled};
 use crate::testing::{Point, point};
 use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -102,6 +103,8 @@ struct OpenCut {
     /// The file's number in the ledger.
     number: u32,
     writer: RegionWriter,
+    /// Blocks that the file will have, about.
+    blocks: usize,
     /// Pages of each segment that are state.
     pages: Vec<u64>,
     notes: Notes,
@@ -121,6 +124,7 @@ struct OpenCut {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    Room,
     Blocks,
     Flights,
     Blobs,
@@ -165,6 +169,11 @@ impl Ledger {
                 (self.files.len() - 1) as u32
             }
         }
+    }
+
+    /// A segment will have so many pages noted.
+    pub(crate) fn make_room(&mut self, segment: usize, pages: u64) {
+        self.pages[segment].resize(pages as usize, NOWHERE);
     }
 
     /// A file that was there before this process: each has a number of its own.
@@ -239,7 +248,12 @@ impl Cutter {
         words: &'static CutWords,
         saver: Saver,
         ledger: Ledger,
+        txn: &mut Txn,
     ) -> Self {
+        // Only state is behind the first segment of it: so many blocks a file has at least.
+        let first = plan.held.iter().find(|held| held.key.kind != notes::SPILL);
+        let first = first.map_or(u64::MAX, |held| held.at / BLOCK as u64);
+        txn.with_tracker(|tracker| tracker.count_from(first));
         let epoch = region.epoch.load(Ordering::Acquire);
         words.joined.store(epoch, Ordering::Release);
         Self { plan, region, words, saver, epoch, unsettled: false, ledger, open: None }
@@ -287,11 +301,11 @@ impl Cutter {
             epoch,
             incarnation: self.plan.incarnation,
         };
-        let blocks = cx.txn.with_tracker(|tracker| tracker.dirty()).unwrap_or(0);
-        let mut writer = RegionWriter::with_capacity(header, blocks);
+        let mut writer = RegionWriter::new(header);
+        let least = cx.txn.with_tracker(|tracker| tracker.counted()).unwrap_or(0) as u64;
         let (spills, pages, also) = self.list_segments(&cx.txn, &mut writer);
-        let copies = self.plan.copies_max;
-        let taken = cx.txn.with_tracker(|tracker| tracker.begin(also.into_iter(), copies));
+        let (wanted, copies) = (self.wanted(&cx.txn), self.plan.copies_max);
+        let taken = cx.txn.with_tracker(|tracker| tracker.begin(also.into_iter(), wanted, copies));
         let cells = self.plan.cells.export(&cx.txn).unwrap_or_default();
         let counters = self.plan.counters.iter();
         let notes = Notes {
@@ -304,9 +318,6 @@ impl Cutter {
             spills,
             parts: self.plan.parts.clone(),
         };
-        let first = self.plan.held.iter().find(|held| held.key.kind != notes::SPILL);
-        let first = first.map_or(u64::MAX, |held| held.at / BLOCK as u64);
-        let least = cx.txn.with_tracker(|tracker| tracker.taken_from(first)).unwrap_or(0) as u64;
         let path = self.plan.folder.join(writer.name());
         self.saver.begin(&path, (least + 1) * BLOCK as u64, outputs(cx));
         self.add_header(&writer);
@@ -319,13 +330,14 @@ impl Cutter {
             epoch,
             number,
             writer,
+            blocks: taken.unwrap_or(0),
             pages,
             notes,
             cells: notes::pack_cells(&cells),
             copying,
             blobs: VecDeque::new(),
             blob_blocks: 0,
-            stage: Stage::Blocks,
+            stage: Stage::Room,
             file: None,
             flight_bytes: 0,
             is_full: false,
@@ -418,6 +430,17 @@ impl Cutter {
         (spills, pages, also)
     }
 
+    /// The blocks that are state, segment by segment: a restore puts those in place together that
+    /// lie behind each other both in the file and in memory.
+    fn wanted(&self, txn: &Txn) -> Vec<Range<u64>> {
+        let blocks = |held: &Held| {
+            let (begin, end) = extent(txn, held);
+            let block = BLOCK as u64;
+            (held.at + begin) / block..(held.at + end).div_ceil(block)
+        };
+        self.plan.held.iter().map(blocks).collect()
+    }
+
     /// After a step's publication: goes on with the open cut. True when it is over.
     pub(crate) fn advance(&mut self, cx: &mut Cx, now_ns: u64) -> bool {
         let Some(open) = &self.open else { return true };
@@ -484,6 +507,12 @@ impl Cutter {
             budget -= 1;
             let Some(place) = self.saver.place() else { return };
             let placed = match open.stage {
+                Stage::Room => {
+                    // Not in the snapshot: fresh memory for a list of many blocks takes its time.
+                    open.writer.reserve(open.blocks);
+                    open.stage = Stage::Blocks;
+                    false
+                }
                 Stage::Blocks => {
                     let (held, ledger) = (&self.plan.held, &mut self.ledger);
                     let save = |block, bytes: &_| open.add_block(held, ledger, block, bytes, place);
@@ -494,7 +523,7 @@ impl Cutter {
                         }
                         Some(is_state) => {
                             point(Point::CutCopied);
-                            is_state
+                            is_state.unwrap_or(false)
                         }
                     }
                 }

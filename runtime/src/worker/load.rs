@@ -1,8 +1,9 @@
 //! Loading: the state of a checkpoint comes back into its segments, at once or when it is touched.
 //!
 //! *At once*: the data thread reads everything before the first step. *Lazily* (R16): processing
-//! begins at once; who touches a page that is not there waits for just that page, and a helper
-//! thread reads all others in the background, in the order in which they lie on the disk.
+//! begins at once; who touches a page that is not there waits for just that page, which one helper
+//! thread brings, while another reads all pages in the background, in the order in which they lie on
+//! the disk. The two share nothing but the kernel, which lets only the first to bring a page do it.
 //!
 //! Invariants:
 //! - a page is verified before it is put in place, and put in place whole; one that is there is
@@ -17,8 +18,9 @@ use crate::config::DiskChoice;
 use crate::error::Error;
 use crate::testing::{Point, point};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,7 +32,7 @@ use testudo_state::disk::run_now;
 use testudo_state::disk::{BLOCK, BUFFER_BYTES, Buffer, Disk, FileId, Op, Outcome, Pool, Ticket};
 
 /// Reads in flight.
-const READS: usize = 8;
+const READS: usize = 16;
 
 /// A segment to be loaded.
 #[derive(Debug, Clone, Copy)]
@@ -69,24 +71,27 @@ impl Load {
     /// Loads everything now, into memory that nobody uses yet.
     pub(crate) fn at_once(&self, put: &mut Put<'_>) -> Result<(), Error> {
         let (disk, _) = open_disk(self.disk)?;
-        let mut stream = Stream::new(self, disk);
+        let mut stream = Stream::new(disk, self.pages(usize::MAX));
         while stream.advance(self, true, put)? {
             point(Point::Loading);
         }
         Ok(())
     }
 
-    fn pages(&self) -> Vec<Page> {
+    /// All pages among the first bytes of each target, in the order of the disk.
+    fn pages(&self, front: usize) -> Vec<Page> {
         let mut pages = Vec::new();
         for target in &self.targets {
             let found = self.chains[target.chain].pages(target.segment);
+            let found = found.take_while(|(page, _)| (*page as usize) < front / BLOCK);
             pages.extend(found.map(|(page, place)| Page {
                 file: (target.chain, place.file),
                 place,
                 to: target.at + page as usize * BLOCK,
             }));
         }
-        pages.sort_unstable_by_key(|page| (page.file, page.place.at));
+        // Mostly in order: a file's blocks lie as they do in memory. This sort makes use of it.
+        pages.sort_by_key(|page| (page.file, page.place.at));
         pages
     }
 
@@ -119,11 +124,11 @@ struct Stream {
 }
 
 impl Stream {
-    fn new(load: &Load, disk: Box<dyn Disk>) -> Self {
+    fn new(disk: Box<dyn Disk>, pages: Vec<Page>) -> Self {
         Self {
             disk,
             pool: Pool::new(READS * BUFFER_BYTES),
-            pages: load.pages(),
+            pages,
             next: 0,
             open: None,
             reading: Vec::new(),
@@ -247,96 +252,120 @@ fn damaged(path: &Path, at: u64, what: &str) -> Error {
     ))
 }
 
-/// Brings missing pages, in a thread of its own.
+/// Brings missing pages, with two threads of their own.
+#[derive(Debug)]
 pub(crate) struct Loader {
     load: Load,
     missing: Missing,
-    /// Bytes that are still to come, for the data thread to see.
-    left: Arc<AtomicU64>,
-    /// For single pages: opened when first needed.
-    files: HashMap<(usize, u32), File>,
+    /// Bytes that are still to come, for the data thread to see; 0 at the end.
+    left: AtomicU64,
 }
 
+/// What attaching looks at of a segment.
+const FRONT_BYTES: usize = 2 * BLOCK;
+
+/// How long the thread that answers waits before it looks whether all is there.
+const PATIENCE: Duration = Duration::from_millis(50);
+
 impl Loader {
-    /// Watches all targets. From here on touching them waits for [`Loader::run`].
+    /// Watches all targets. From here on touching them waits for [`Loader::answer`].
     pub(crate) fn new(load: Load, arena: &'static Arena) -> Result<Self, Error> {
         let missing = Missing::new(arena)?;
         for target in load.targets.iter().filter(|target| target.bytes > 0) {
             missing.register(target.at, target.bytes)?;
         }
         let bytes = load.targets.iter().map(|target| target.bytes as u64).sum::<u64>().max(1);
-        let left = Arc::new(AtomicU64::new(bytes));
-        Ok(Self { load, missing, left, files: HashMap::new() })
+        Ok(Self { load, missing, left: AtomicU64::new(bytes) })
     }
 
-    /// What the data thread looks at: bytes that are still to come, 0 at the end.
-    pub(crate) fn left(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.left)
+    /// Whether everything is there.
+    pub(crate) fn is_done(&self) -> bool {
+        self.left.load(Ordering::Acquire) == 0
     }
 
-    /// Brings everything. Returns when all is there. After an error the process must end with the
-    /// loader still there: once nobody watches, who waits for a page goes on with zeros.
-    pub(crate) fn run(&mut self) -> Result<(), Error> {
+    /// Brings the first pages of all targets, which attaching looks at, all at once.
+    pub(crate) fn bring_fronts(&self) -> Result<(), Error> {
         let (disk, _) = open_disk(self.load.disk)?;
-        // Who already waits need not wait for the list of all pages.
-        self.answer(Duration::ZERO)?;
-        let mut stream = Stream::new(&self.load, disk);
-        loop {
-            self.answer(Duration::ZERO)?;
-            let missing = &self.missing;
-            let mut put = |at: usize, bytes: &[u8]| bring(missing, at, bytes);
-            if !stream.advance(&self.load, false, &mut put)? {
-                break;
-            }
+        let mut stream = Stream::new(disk, self.load.pages(FRONT_BYTES));
+        let mut put = |at: usize, bytes: &[u8]| bring(&self.missing, at, bytes);
+        while stream.advance(&self.load, true, &mut put)? {}
+        Ok(())
+    }
+
+    /// Brings everything, in the order of the disk. Returns when all is there.
+    pub(crate) fn stream(&self) -> Result<(), Error> {
+        let (disk, _) = open_disk(self.load.disk)?;
+        let mut stream = Stream::new(disk, self.load.pages(usize::MAX));
+        let mut put = |at: usize, bytes: &[u8]| bring(&self.missing, at, bytes);
+        while stream.advance(&self.load, true, &mut put)? {
             if stream.bytes > 0 {
                 point(Point::Loading);
             }
-            if stream.done.is_empty() {
-                self.answer(Duration::from_millis(1))?;
+            if stream.is_too_fast(&self.load) {
+                std::thread::sleep(Duration::from_millis(1));
             }
         }
-        for target in &self.load.targets {
+        for target in self.load.targets.iter().filter(|target| target.bytes > 0) {
             self.missing.unregister(target.at, target.bytes);
         }
         self.left.store(0, Ordering::Release);
         Ok(())
     }
 
-    /// Brings the pages that someone waits for.
-    fn answer(&mut self, patience: Duration) -> Result<(), Error> {
-        let mut patience = patience;
-        while let Some(at) = self.missing.next(patience) {
-            patience = Duration::ZERO;
-            let failed = |error: std::io::Error| Error::Machine(format!("loading state: {error}"));
-            let Some(page) = self.load.find(at) else {
-                self.missing.bring_zeros(at, BLOCK).map_err(failed)?;
-                continue;
-            };
-            let path = self.load.path(page.file);
-            let mut bytes = [0; BLOCK];
-            let unreadable =
-                |error: std::io::Error| damaged(&path, page.place.at, &error.to_string());
-            let file = match self.files.entry(page.file) {
-                std::collections::hash_map::Entry::Occupied(file) => file.into_mut(),
-                std::collections::hash_map::Entry::Vacant(place) => {
-                    place.insert(File::open(&path).map_err(unreadable)?)
-                }
-            };
-            file.read_exact_at(&mut bytes, page.place.at).map_err(unreadable)?;
-            verify(&path, &[page], &bytes)?;
-            bring(&self.missing, at, &bytes)?;
+    /// Brings the pages that someone waits for, until all is there.
+    pub(crate) fn answer(&self) -> Result<(), Error> {
+        let mut files = HashMap::new();
+        while !self.is_done() {
+            if let Some(at) = self.missing.next(PATIENCE) {
+                self.answer_one(at, &mut files)?;
+            }
         }
         Ok(())
     }
+
+    fn answer_one(&self, at: usize, files: &mut Files) -> Result<(), Error> {
+        let Some(page) = self.load.find(at) else {
+            return self.missing.bring_zeros(at, BLOCK).map_err(no_memory);
+        };
+        let path = self.load.path(page.file);
+        let unreadable = |error: std::io::Error| damaged(&path, page.place.at, &error.to_string());
+        let Aligned(bytes) = &mut Aligned([0; BLOCK]);
+        let file = match files.entry(page.file) {
+            Entry::Occupied(file) => file.into_mut(),
+            Entry::Vacant(place) => place.insert(open_direct(&path).map_err(unreadable)?),
+        };
+        file.read_exact_at(bytes, page.place.at).map_err(unreadable)?;
+        verify(&path, &[page], bytes)?;
+        bring(&self.missing, at, bytes)
+    }
+}
+
+/// Files from which single pages are read, opened when first needed.
+type Files = HashMap<(usize, u32), File>;
+
+/// A page as direct transfers want it.
+#[repr(align(4096))]
+struct Aligned([u8; BLOCK]);
+
+/// Past the page cache, which would read more than the page that is wanted.
+fn open_direct(path: &Path) -> std::io::Result<File> {
+    let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(path);
+    match direct {
+        // The file system has no direct transfers.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => File::open(path),
+        opened => opened,
+    }
+}
+
+fn no_memory(error: std::io::Error) -> Error {
+    Error::Machine(format!("no memory for state that is being loaded: {error}"))
 }
 
 /// Puts pages in place, but for those that are there.
 fn bring(missing: &Missing, at: usize, bytes: &[u8]) -> Result<(), Error> {
     let mut done = 0;
     while done < bytes.len() {
-        let put = missing.bring(at + done, &bytes[done..]).map_err(|error| {
-            Error::Machine(format!("no memory for state that is being loaded: {error}"))
-        })?;
+        let put = missing.bring(at + done, &bytes[done..]).map_err(no_memory)?;
         if put == 0 {
             missing.wake(at + done, BLOCK);
             done += BLOCK;

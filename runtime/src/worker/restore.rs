@@ -42,6 +42,8 @@ pub(crate) struct Restore {
     pub(crate) is_lazy: bool,
     /// Each old worker's newest file.
     pub(crate) files: Vec<(usize, FileRef)>,
+    /// Old workers whose spills held records, on their way to any worker.
+    pub(crate) spillers: Vec<usize>,
     /// By stage: its number then, and the worker of each of its subtasks.
     pub(crate) stages: Vec<Option<(usize, Vec<usize>)>>,
     /// By edge: the edges then whose records in flight are its own now; first itself, if it was
@@ -98,11 +100,19 @@ pub(crate) fn open_disk(choice: DiskChoice) -> Result<(Box<dyn Disk>, Option<Str
 }
 
 impl Restored {
-    /// Opens all files of the checkpoint.
-    pub(crate) fn open(folder: &Path, plan: &Restore, choice: DiskChoice) -> Result<Self, Error> {
+    /// Opens those files of the checkpoint that worker `own` needs: in another shape, all of them.
+    pub(crate) fn open(
+        folder: &Path,
+        plan: &Restore,
+        own: usize,
+        choice: DiskChoice,
+    ) -> Result<Self, Error> {
         let (mut disk, _) = open_disk(choice)?;
         let pool = Pool::new(STAGING_BYTES);
-        let old = plan.files.iter().map(|(worker, file)| {
+        let is_needed =
+            |worker: usize| !plan.same_shape || worker == own || plan.spillers.contains(&worker);
+        let needed = plan.files.iter().filter(|(worker, _)| is_needed(*worker));
+        let old = needed.map(|(worker, file)| {
             let chain = Arc::new(Chain::open(&mut *disk, &pool, folder, file)?);
             OldWorker::read(*worker, chain, &mut *disk, &pool, folder)
         });

@@ -32,7 +32,8 @@ use std::sync::Arc;
 use testudo_shm::consumer::Consumer;
 use testudo_shm::hash::name_hash;
 use testudo_shm::header::{ControlHeader, WorkerHeader};
-use testudo_shm::primitive::{AtomicU64, Ordering};
+use testudo_shm::last_words::LastWords;
+use testudo_shm::primitive::Ordering;
 use testudo_shm::record::{Item, Record};
 use testudo_shm::txn::Place;
 use testudo_state::checkpoint::{RegionName, SegmentKey};
@@ -41,12 +42,42 @@ use testudo_state::group::USED_AT;
 
 /// What is under way after attaching.
 pub(crate) struct Resuming {
-    /// Bytes that a helper thread still loads.
-    pub(crate) loading: Option<Arc<AtomicU64>>,
+    /// Helper threads that bring the rest of the state.
+    pub(crate) loading: Option<Arc<Loader>>,
     /// The cell that is to say that all is loaded.
     pub(crate) loaded: Option<Place<u64>>,
     /// Something of the checkpoint is still to be read or taken.
     pub(crate) is_under_way: bool,
+}
+
+/// Has a helper thread of the loader work; its failure is the worker's.
+fn helper(
+    loader: &Arc<Loader>,
+    work: fn(&Loader) -> Result<(), Error>,
+    header: &'static WorkerHeader,
+    words: &'static LastWords,
+) {
+    let loader = Arc::clone(loader);
+    spawn_armed(move || {
+        if let Err(error) = work(&loader) {
+            super::step::give_up(header, words, &error);
+        }
+    });
+}
+
+impl Resuming {
+    /// Begins to load in the background. Until here the processor was the worker's, to begin soon.
+    pub(crate) fn begin_loading(&self, header: &'static WorkerHeader, words: &'static LastWords) {
+        if let Some(loader) = &self.loading {
+            helper(loader, Loader::stream, header, words);
+        }
+    }
+
+    /// Whether state is still being loaded: its threads need the processor more than a worker that
+    /// has nothing to do.
+    pub(crate) fn is_loading(&self) -> bool {
+        self.loading.as_ref().is_some_and(|loader| !loader.is_done())
+    }
 }
 
 impl Attach {
@@ -63,7 +94,7 @@ impl Attach {
         if is_loaded && self.rests_are_taken(restore.id)? {
             return Ok(resuming);
         }
-        let restored = Restored::open(folder, restore, self.settings.disk)?;
+        let restored = Restored::open(folder, restore, self.worker, self.settings.disk)?;
         if !is_begun {
             self.import_cells(&restored)?;
             self.cx.txn.set(begun, 1);
@@ -164,17 +195,13 @@ impl Attach {
         }
     }
 
-    /// Pages come when they are touched; a helper thread brings them.
-    fn load_lazily(&mut self, load: Load) -> Result<Arc<AtomicU64>, Error> {
-        let mut loader = Loader::new(load, self.arena)?;
-        let left = loader.left();
+    /// Pages come when they are touched; helper threads bring them.
+    fn load_lazily(&mut self, load: Load) -> Result<Arc<Loader>, Error> {
+        let loader = Arc::new(Loader::new(load, self.arena)?);
+        loader.bring_fronts()?;
         let (header, words) = self.pages();
-        spawn_armed(move || {
-            if let Err(error) = loader.run() {
-                super::step::give_up(header, words, &error);
-            }
-        });
-        Ok(left)
+        helper(&loader, Loader::answer, header, words);
+        Ok(loader)
     }
 
     /// Segments of keyed state that this worker holds: what they are, their schema, their arena
@@ -318,7 +345,8 @@ impl Attach {
         let bandwidth = self.settings.checkpoint_bandwidth.map(|all| (all / workers).max(1));
         let saver = Saver::new(disk, bandwidth);
         let region = &control.regions[self.plan.regions.of_task(self.worker)];
-        Ok(Some(Cutter::new(plan, region, &own.cut, saver, ledger)))
+        let txn = &mut self.cx.txn;
+        Ok(Some(Cutter::new(plan, region, &own.cut, saver, ledger, txn)))
     }
 
     /// Everything that this worker saves, by arena offset.
@@ -385,16 +413,18 @@ impl Attach {
     /// The files of the checkpoint hold what is there: later cuts add to them.
     fn fill_ledger(&self, held: &[Held], restored: &Restored, ledger: &mut Ledger) {
         let Some(old) = restored.old.iter().find(|old| old.worker == self.worker) else { return };
-        let mut numbers = std::collections::HashMap::new();
+        let mut numbers = Vec::new();
         for (number, file) in old.chain.files() {
             let epoch = RegionName::parse(&file.name).map_or(0, |name| name.epoch);
-            numbers.insert(number, ledger.add_first_file(epoch, file.clone()));
+            numbers.resize(number as usize + 1, 0);
+            numbers[number as usize] = ledger.add_first_file(epoch, file.clone());
         }
         for (index, held) in held.iter().enumerate() {
             let is_group = matches!(held.extent, Extent::Group { .. });
             if let (true, Some(segment)) = (is_group, old.chain.segment(&held.key)) {
+                ledger.make_room(index, old.chain.segments()[segment].pages());
                 for (page, place) in old.chain.pages(segment) {
-                    ledger.note(index, u64::from(page), numbers[&place.file]);
+                    ledger.note(index, u64::from(page), numbers[place.file as usize]);
                 }
             }
         }

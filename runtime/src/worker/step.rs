@@ -35,6 +35,9 @@ use testudo_shm::wait;
 /// the teardown of its predecessor, which still runs on that core.
 const STEPS_BEFORE_PINNING: u64 = 64;
 
+/// What a worker without input sleeps while its state is being loaded, instead of spinning.
+const LOADING_NAP: std::time::Duration = std::time::Duration::from_micros(50);
+
 /// Runs steps until the job is over.
 pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> Result<(), Error> {
     metrics::set_panic_page(worker.last_words);
@@ -78,6 +81,10 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> 
         }
         if stages.iter().all(|stage| stage.borrow().is_done(&worker.cx)) {
             finish(&worker);
+        }
+        if worker.resuming.is_under_way && worker.resuming.is_loading() {
+            std::thread::sleep(LOADING_NAP);
+            continue;
         }
         let due = stages.iter().filter_map(|stage| stage.borrow().wake_ns()).min();
         let (header, control) = (worker.header, worker.control);
@@ -138,7 +145,7 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
 #[cold]
 fn note_resumed(worker: &mut Worker) {
     let (resuming, cx) = (&mut worker.resuming, &mut worker.cx);
-    let is_loaded = resuming.loading.as_ref().is_none_or(|left| left.load(Ordering::Acquire) == 0);
+    let is_loaded = !resuming.is_loading();
     if is_loaded && let Some(loaded) = resuming.loaded.take() {
         // A part of the next step's transaction.
         cx.txn.set(loaded, 1);

@@ -342,14 +342,33 @@ impl Index {
         let damage = |offset: usize, what: String| {
             Damage::new(path, reference.index_at.saturating_add(offset as u64), what)
         };
-        let tail_at = raw.len().saturating_sub(RAW_TAIL);
-        let Ok((tail, _)) = RawTail::read_from_prefix(&raw[tail_at..]) else {
-            return Err(damage(0, format!("an index of {} bytes is too short", raw.len())));
-        };
-        check_tail(&tail).map_err(|what| damage(tail_at, what))?;
-        let mut cut = Cut { raw: &raw[..tail_at], at: 0 };
+        let tail = read_tail(&raw).map_err(|what| damage(0, what))?;
         let blocks = tail.blocks.get() as usize;
-        cut.take::<RawBlock>(blocks).map_err(|()| damage(tail_at, too_many("blocks", blocks)))?;
+        let tail_at = raw.len() - RAW_TAIL;
+        let rest_at = blocks.checked_mul(RAW_BLOCK).filter(|at| *at <= tail_at);
+        let Some(rest_at) = rest_at else {
+            return Err(damage(tail_at, too_many("blocks", blocks)));
+        };
+        let mut index = Self::decode_rest(raw, rest_at, path, reference)?;
+        index.blocks = blocks;
+        index.check_blocks().map_err(|(offset, what)| damage(offset, what))?;
+        Ok(index)
+    }
+
+    /// As [`Index::decode`], of the end of an index alone: it knows no blocks. What stands behind
+    /// the blocks begins at `rest_at` of `raw`. Nothing has a checksum here but the blobs.
+    pub(crate) fn decode_rest(
+        raw: Vec<u8>,
+        rest_at: usize,
+        path: &Path,
+        reference: &FileRef,
+    ) -> Result<Self, Damage> {
+        let damage = |offset: usize, what: String| {
+            Damage::new(path, reference.index_at.saturating_add(offset as u64), what)
+        };
+        let tail = read_tail(&raw).map_err(|what| damage(0, what))?;
+        let tail_at = raw.len() - RAW_TAIL;
+        let mut cut = Cut { raw: &raw[..tail_at], at: rest_at.min(tail_at) };
         let segments_at = cut.at;
         let count = tail.segments.get() as usize;
         let segments = cut
@@ -386,7 +405,7 @@ impl Index {
             return Err(damage(cut.at, "bytes behind the names that nothing accounts for".into()));
         }
         let index = Self {
-            blocks,
+            blocks: 0,
             files,
             segments,
             blobs,
@@ -399,7 +418,6 @@ impl Index {
             return Err(damage(index.raw.len() - RAW_TAIL, what));
         }
         index.check_unique().map_err(|what| damage(segments_at, what))?;
-        index.check_blocks().map_err(|(offset, what)| damage(offset, what))?;
         Ok(index)
     }
 
@@ -600,6 +618,19 @@ impl Claims {
         self.bits[word] |= bit;
         free
     }
+}
+
+fn read_tail(raw: &[u8]) -> Result<RawTail, String> {
+    let Ok((_, tail)) = RawTail::read_from_suffix(raw) else {
+        return Err(format!("an index of {} bytes is too short", raw.len()));
+    };
+    check_tail(&tail)?;
+    Ok(tail)
+}
+
+/// How far behind its beginning the index that ends with `end` has something else than blocks.
+pub(crate) fn rest_at_of(end: &[u8]) -> Option<u64> {
+    Some(u64::from(read_tail(end).ok()?.blocks.get()) * RAW_BLOCK as u64)
 }
 
 /// The number of blocks in front of the index that ends with `end`, if one does.

@@ -210,6 +210,11 @@ impl RegionWriter {
         self.header.name().to_string()
     }
 
+    /// Makes room for so many blocks more.
+    pub fn reserve(&mut self, blocks: usize) {
+        self.bytes.reserve(blocks.saturating_mul(size_of::<RawBlock>()));
+    }
+
     /// Lists a segment that the worker holds, and gives the number by which its blocks name it.
     /// A restore finds exactly the segments that were listed.
     ///
@@ -365,27 +370,56 @@ impl RegionReader {
 
     pub(crate) fn open_in(folder: &mut Folder<'_>, file: &FileRef) -> Result<Self, Damage> {
         let path = folder.path(&file.name);
-        let name = file.check().map_err(|what| Damage::new(&path, 0, what))?;
-        folder.check_size(&file.name, file.bytes)?;
-        let opened = folder.open(&file.name)?;
-        let read = folder.read_open(&opened, 0, BLOCK_BYTES).and_then(|block| {
-            Ok((block, folder.read_open(&opened, file.index_at, file.index_bytes)?))
-        });
-        folder.close(opened);
-        let (block, raw) = read?;
-        let (header, sum) =
-            RegionHeader::decode(&block).map_err(|(at, what)| Damage::new(&path, at, what))?;
+        let (block, raw) = Self::read(folder, file, |_| file.index_at)?;
         if checksum(&raw) != file.index_checksum {
             let what = "the index does not have the checksum that was referred to";
             return Err(Damage::new(&path, file.index_at, what));
         }
-        if header.name() != name {
-            let what = format!("this is {}, put in the place of another file", header.name());
-            return Err(Damage::new(&path, 24, what));
-        }
         let index = Index::decode(raw, &path, file)?;
+        Self::new(&path, &block, index, file)
+    }
+
+    /// As `open_in`, but for the blocks, of which there may be millions: the index knows none, and
+    /// its checksum is not verified.
+    pub(crate) fn open_end_in(folder: &mut Folder<'_>, file: &FileRef) -> Result<Self, Damage> {
+        let path = folder.path(&file.name);
+        let mut rest_at = 0;
+        let (block, raw) = Self::read(folder, file, |last| {
+            let rest = super::index::rest_at_of(last).unwrap_or(0).min(file.index_bytes);
+            rest_at = rest % BLOCK_BYTES;
+            file.index_at + rest.min(file.index_bytes - BLOCK_BYTES) / BLOCK_BYTES * BLOCK_BYTES
+        })?;
+        let index = Index::decode_rest(raw, rest_at as usize, &path, file)?;
+        Self::new(&path, &block, index, file)
+    }
+
+    /// Reads the header block, and the index from where `from` says, which is given its last block.
+    fn read(
+        folder: &mut Folder<'_>,
+        file: &FileRef,
+        from: impl FnOnce(&[u8]) -> u64,
+    ) -> Result<(Vec<u8>, Vec<u8>), Damage> {
+        file.check().map_err(|what| Damage::new(&folder.path(&file.name), 0, what))?;
+        folder.check_size(&file.name, file.bytes)?;
+        let opened = folder.open(&file.name)?;
+        let read = folder.read_open(&opened, 0, BLOCK_BYTES).and_then(|block| {
+            let last = folder.read_open(&opened, file.bytes - BLOCK_BYTES, BLOCK_BYTES)?;
+            let from = from(&last);
+            Ok((block, folder.read_open(&opened, from, file.bytes - from)?))
+        });
+        folder.close(opened);
+        read
+    }
+
+    fn new(path: &Path, block: &[u8], index: Index, file: &FileRef) -> Result<Self, Damage> {
+        let (header, sum) =
+            RegionHeader::decode(block).map_err(|(at, what)| Damage::new(path, at, what))?;
+        if header.name().to_string() != file.name {
+            let what = format!("this is {}, put in the place of another file", header.name());
+            return Err(Damage::new(path, 24, what));
+        }
         if index.header_checksum != sum {
-            return Err(Damage::new(&path, 0, "the header is not the one that the index knows"));
+            return Err(Damage::new(path, 0, "the header is not the one that the index knows"));
         }
         Ok(Self { header, index, file: file.clone() })
     }

@@ -281,6 +281,16 @@ impl Store {
         Ok(candidates_in(&mut view, &self.slots))
     }
 
+    /// As [`Store::candidates`], but only the manifests are read: damage of the files that they
+    /// name is for those to find who read them.
+    ///
+    /// # Errors
+    /// If the folder cannot be listed.
+    pub fn named(&mut self) -> Result<Vec<Candidate>, StoreError> {
+        let mut view = Folder::new(&mut *self.disk, &self.pool, &self.folder)?;
+        Ok(named_in(&mut view, &self.slots))
+    }
+
     /// The newest checkpoint that is whole. Later commits do not touch it before there is a newer.
     ///
     /// # Errors
@@ -299,6 +309,14 @@ impl Store {
     /// The first damage in its files' headers and indexes.
     pub fn chain(&mut self, file: &FileRef) -> Result<Chain, Damage> {
         Chain::open(&mut *self.disk, &self.pool, &self.folder, file)
+    }
+
+    /// What one worker had besides pages of state: see [`Chain::open_end`].
+    ///
+    /// # Errors
+    /// The first damage that is met.
+    pub fn chain_end(&mut self, file: &FileRef) -> Result<Chain, Damage> {
+        Chain::open_end(&mut *self.disk, &self.pool, &self.folder, file)
     }
 
     /// Makes a checkpoint count. All files that it names are durable already. When this returns,
@@ -584,6 +602,17 @@ pub(crate) fn read_slots(folder: &mut Folder<'_>) -> Vec<Slot> {
 /// The checkpoints that slots name, newest first. Slots that cannot be read come first: what they
 /// named may have been newer.
 pub(crate) fn candidates_in(folder: &mut Folder<'_>, slots: &[Slot]) -> Vec<Candidate> {
+    let mut candidates = named_in(folder, slots);
+    for candidate in &mut candidates {
+        if let Some(manifest) = &candidate.manifest {
+            candidate.damage = check_files(folder, manifest).err();
+        }
+    }
+    candidates
+}
+
+/// The same, by their manifests alone.
+fn named_in(folder: &mut Folder<'_>, slots: &[Slot]) -> Vec<Candidate> {
     let begun_at = slots.iter().filter_map(|slot| slot.root.as_ref().ok());
     let begun_at = begun_at.filter(|root| root.manifest.is_none()).map(|root| root.sequence).max();
     let mut candidates = Vec::new();
@@ -599,10 +628,7 @@ pub(crate) fn candidates_in(folder: &mut Folder<'_>, slots: &[Slot]) -> Vec<Cand
                 candidate.name.clone_from(&named.name);
                 match read_named(folder, named, root.job) {
                     Err(damage) => candidate.damage = Some(damage),
-                    Ok(manifest) => {
-                        candidate.damage = check_files(folder, &manifest).err();
-                        candidate.manifest = Some(manifest);
-                    }
+                    Ok(manifest) => candidate.manifest = Some(manifest),
                 }
             }
         }
