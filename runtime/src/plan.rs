@@ -278,6 +278,19 @@ impl Plan {
         schema("shape", &parts)
     }
 
+    /// What each edge is called whatever the numbers of stages and subtasks: the operators at its
+    /// ends, its kind, and what travels on it.
+    pub(crate) fn edge_names(&self) -> Vec<String> {
+        let of = |stage: usize| self.operators.iter().filter(move |o| o.stage == stage);
+        let from = |stage| of(stage).next_back().map_or("", OperatorSpec::uid);
+        let to = |stage| of(stage).next().map_or("", OperatorSpec::uid);
+        let name = |edge: &EdgeSpec| {
+            let (from, to) = (edge.from.map_or("stdin", from), edge.to.map_or("stdout", to));
+            format!("{from} -> {to} ({}, {} {:016x})", edge.kind.label(), edge.record, edge.schema)
+        };
+        self.edges.iter().map(name).collect()
+    }
+
     /// The launching process, as a process index.
     pub(crate) fn supervisor(&self) -> Process {
         self.workers

@@ -34,6 +34,9 @@ pub(crate) struct Notes {
     pub(crate) shape: u64,
     /// Subtasks of each stage.
     pub(crate) stages: Vec<usize>,
+    /// The edges' names; their numbers are those of flights and spills.
+    #[serde(default)]
+    pub(crate) edges: Vec<String>,
     /// Counters by label.
     pub(crate) counters: Vec<(String, u64)>,
     /// Ring bytes that this worker had not taken yet.

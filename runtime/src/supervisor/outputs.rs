@@ -71,7 +71,8 @@ impl Outputs {
     pub(crate) fn go_on(plan: &Plan, resumed: &Resumed) -> Result<(), Error> {
         for (output, stage) in &plan.outputs {
             let Some(extension) = &output.parts else { continue };
-            let was = resumed.restore.stages.get(*stage).copied().unwrap_or(0);
+            let ends = resumed.positions(plan, *stage);
+            let was = ends.len();
             let count = plan.stages[*stage].workers.len();
             let part = |subtask| output.path.join(part_name(subtask, extension));
             for subtask in was..count {
@@ -79,7 +80,7 @@ impl Outputs {
             }
             for subtask in count..was {
                 let path = part(subtask);
-                let Some(end) = resumed.position(plan, *stage, subtask) else { continue };
+                let end = ends[subtask];
                 let file = OpenOptions::new().write(true).open(&path);
                 let file = file.map_err(|error| refuse(&path, &error))?;
                 let found = file.metadata().map_err(|error| refuse(&path, &error))?.len();

@@ -12,7 +12,6 @@ use crate::checkpoint::notes::{Notes, Part};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::{Grouping, Plan};
-use crate::worker::reshape::worker_of;
 use crate::worker::restore::{OldWorker, Restore};
 use std::collections::HashMap;
 use std::path::Path;
@@ -154,6 +153,7 @@ fn open(store: &mut Store, manifest: Manifest) -> Result<Chosen, Error> {
             }
         }
     }
+    old.sort_by_key(|old| old.worker);
     Ok(Chosen { manifest, old })
 }
 
@@ -167,6 +167,7 @@ impl Chosen {
     ) -> Result<Resumed, Error> {
         let Self { manifest, old } = self;
         self::check(&manifest, plan, settings)?;
+        check_flights(&manifest, &old, plan)?;
         let shape = plan.shape();
         let same_shape = manifest.workers as usize == plan.workers
             && old.iter().all(|old| old.notes.shape == shape);
@@ -184,14 +185,14 @@ impl Chosen {
 }
 
 impl Resumed {
-    /// How far a subtask's sink had written: the first eight bytes of its position.
-    pub(crate) fn position(&self, plan: &Plan, stage: usize, subtask: usize) -> Option<u64> {
-        let sinks = plan.operators.iter();
-        let sink = sinks.filter(|operator| operator.stage == stage).find(|o| o.kind == "sink")?;
-        let worker = worker_of(plan, &self.restore.stages, self.old.len(), stage, subtask);
-        let old = self.old.iter().find(|old| old.worker == worker)?;
-        let cell = old.cells.get(&name_hash(&format!("{}/position", sink.uid())))?;
-        Some(u64::from_le_bytes(cell.get(..8)?.try_into().ok()?))
+    /// How far each old subtask of a stage's sink had written: the first eight bytes of its
+    /// position.
+    pub(crate) fn positions(&self, plan: &Plan, stage: usize) -> Vec<u64> {
+        let mut sinks = plan.operators.iter().filter(|operator| operator.stage == stage);
+        let Some(sink) = sinks.find(|operator| operator.kind == "sink") else { return Vec::new() };
+        let name = name_hash(&format!("{}/position", sink.uid()));
+        let cells = self.old.iter().filter_map(|old| old.cells.get(&name)?.first_chunk());
+        cells.map(|bytes| u64::from_le_bytes(*bytes)).collect()
     }
 }
 
@@ -232,6 +233,25 @@ fn check(manifest: &Manifest, plan: &Plan, settings: &Settings) -> Result<(), Er
                 "operator {} (uid {}) has state by {grouping}, in checkpoint {} by {}",
                 was.name, was.uid, manifest.id, was.grouping
             ));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a job that does not have the exchange that something was in flight on.
+fn check_flights(manifest: &Manifest, old: &[Old], plan: &Plan) -> Result<(), Error> {
+    let present = plan.edge_names();
+    for notes in old.iter().map(|old| &old.notes) {
+        let flights = notes.flights.iter().map(|flight| flight.edge);
+        let mut edges = flights.chain(notes.spills.iter().map(|spill| spill.edge));
+        let lost = edges.find_map(|edge| notes.edges.get(edge).filter(|e| !present.contains(e)));
+        if let Some(lost) = lost {
+            return Err(Error::Checkpoint(format!(
+                "checkpoint {} has records in flight on exchange {lost}, which this job does not \
+                 have; resume once with the job as it was and take a savepoint, or give operators \
+                 their uid",
+                manifest.id
+            )));
         }
     }
     Ok(())

@@ -70,6 +70,7 @@ pub(crate) struct CutPlan {
     pub(crate) incarnation: u64,
     pub(crate) shape: u64,
     pub(crate) stages: Vec<usize>,
+    pub(crate) edges: Vec<String>,
     pub(crate) folder: PathBuf,
     /// Copies of blocks at most, in blocks.
     pub(crate) copies_max: usize,
@@ -298,6 +299,7 @@ impl Cutter {
             worker: self.plan.worker,
             shape: self.plan.shape,
             stages: self.plan.stages.clone(),
+            edges: self.plan.edges.clone(),
             counters: counters.map(|(label, at)| (label.clone(), cx.txn.get(*at))).collect(),
             flights: Vec::new(),
             spills,

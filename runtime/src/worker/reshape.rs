@@ -14,7 +14,6 @@
 use super::attach::Attach;
 use super::restore::Restored;
 use crate::error::Error;
-use crate::plan::Plan;
 use crate::source::Subtask;
 use crate::window::keyed::{FireCells, FireCursor, Fired, NOT_FIRING};
 use std::rc::Rc;
@@ -25,37 +24,17 @@ use testudo_state::checkpoint::SegmentKey;
 use testudo_state::disk::BLOCK;
 use testudo_state::{Gauge, Groups, StateError};
 
-/// The worker that ran a subtask in a job of these stages. Stages with workers of their own come
-/// after the others.
-pub(crate) fn worker_of(
-    plan: &Plan,
-    stages: &[usize],
-    workers: usize,
-    stage: usize,
-    subtask: usize,
-) -> usize {
-    let own = |stage: usize| if plan.stages[stage].isolated { stages[stage] } else { 0 };
-    if !plan.stages[stage].isolated {
-        return subtask;
-    }
-    let isolated: usize = (0..stages.len()).map(own).sum();
-    let shared = workers.saturating_sub(isolated);
-    shared + (0..stage).map(own).sum::<usize>() + subtask
-}
-
 impl Restored {
-    /// The bytes of a cell that a subtask of a stage had.
-    fn cell_of(&self, plan: &Plan, stage: usize, subtask: usize, name: u64) -> Option<&[u8]> {
-        let worker = worker_of(plan, &self.plan.stages, self.old.len(), stage, subtask);
-        let old = self.old.iter().find(|old| old.worker == worker)?;
-        old.cells.get(&name).map(Vec::as_slice)
+    /// The bytes of a cell in all old subtasks of its stage, in their order: just those have it, and
+    /// a stage's subtasks are on workers in ascending order. Stages of the job that was stopped may
+    /// have had other numbers.
+    fn holders(&self, name: u64) -> impl Iterator<Item = &[u8]> {
+        self.old.iter().filter_map(move |old| old.cells.get(&name).map(Vec::as_slice))
     }
 
-    /// The values of a cell in all old subtasks of a stage.
-    fn values<T: Plain>(&self, plan: &Plan, stage: usize, name: u64) -> Vec<T> {
-        let count = self.plan.stages.get(stage).copied().unwrap_or(0);
-        let cells = (0..count).filter_map(|subtask| self.cell_of(plan, stage, subtask, name));
-        cells.filter_map(|bytes| T::read_from_bytes(bytes).ok()).collect()
+    /// The values of a cell in all old subtasks of its stage.
+    fn values<T: Plain>(&self, name: u64) -> Vec<T> {
+        self.holders(name).filter_map(|bytes| T::read_from_bytes(bytes).ok()).collect()
     }
 }
 
@@ -70,10 +49,11 @@ impl Attach {
     pub(crate) fn inherited<T: Plain>(&self, stage: usize, name: &str, initial: T) -> T {
         let Some(restored) = self.reshaped() else { return initial };
         let Subtask { index, count } = self.subtask(stage);
-        if restored.plan.stages.get(stage) != Some(&count) {
+        let name = name_hash(name);
+        if restored.holders(name).count() != count {
             return initial;
         }
-        let bytes = restored.cell_of(&self.plan, stage, index, name_hash(name));
+        let bytes = restored.holders(name).nth(index);
         bytes.and_then(|bytes| T::read_from_bytes(bytes).ok()).unwrap_or(initial)
     }
 
@@ -81,10 +61,7 @@ impl Attach {
     pub(crate) fn inherited_by_number<T: Plain>(&self, stage: usize, name: &str, initial: T) -> T {
         let Some(restored) = self.reshaped() else { return initial };
         let index = self.subtask(stage).index;
-        if restored.plan.stages.get(stage).is_none_or(|count| index >= *count) {
-            return initial;
-        }
-        let bytes = restored.cell_of(&self.plan, stage, index, name_hash(name));
+        let bytes = restored.holders(name_hash(name)).nth(index);
         bytes.and_then(|bytes| T::read_from_bytes(bytes).ok()).unwrap_or(initial)
     }
 
@@ -92,9 +69,9 @@ impl Attach {
     pub(crate) fn watermark_cell(&mut self, stage: usize, name: &str) -> Result<Place<i64>, Error> {
         let mut initial = self.inherited(stage, name, i64::MIN);
         if let Some(restored) = self.reshaped()
-            && restored.plan.stages.get(stage) != Some(&self.subtask(stage).count)
+            && restored.holders(name_hash(name)).count() != self.subtask(stage).count
         {
-            let values = restored.values::<i64>(&self.plan, stage, name_hash(name));
+            let values = restored.values::<i64>(name_hash(name));
             initial = values.into_iter().min().unwrap_or(i64::MIN);
         }
         self.named_cell(name, initial)
@@ -179,9 +156,11 @@ impl Attach {
             fired: self.operator_watermark(operator, "fired")?,
             cursor: self.cell(operator, "cursor", NOT_FIRING)?,
         };
-        let stage = self.plan.operators[operator].stage;
-        let was = self.reshaped().and_then(|restored| restored.plan.stages.get(stage).copied());
-        let count = self.subtask(stage).count;
+        let (spec, name) = (&self.plan.operators[operator], "watermark");
+        let name = name_hash(&format!("{}/{name}", spec.uid()));
+        let was = self.reshaped().map(|restored| restored.holders(name).count());
+        let was = was.filter(|was| *was > 0);
+        let count = self.subtask(spec.stage).count;
         let is_new = was.is_some_and(|was| was != count);
         let known = self.cell(operator, "fired-by-group", u64::from(is_new))?;
         if self.cx.txn.get(known) == 0 {
@@ -205,7 +184,7 @@ impl Attach {
         let owner = crate::exchange::route::owner_of(group as usize, groups, was);
         let cell = |name: &str| {
             let name = name_hash(&format!("{}/{name}", spec.uid()));
-            restored.cell_of(&self.plan, spec.stage, owner, name)
+            restored.holders(name).nth(owner)
         };
         let number = |name: &str| cell(name).and_then(|bytes| i64::read_from_bytes(bytes).ok());
         let cursor = |name: &str| cell(name).and_then(|b| FireCursor::read_from_bytes(b).ok());
@@ -230,9 +209,6 @@ impl Attach {
         let plan = Rc::clone(&self.plan);
         let spec = &plan.operators[operator];
         let Some(restored) = self.reshaped() else { return Ok(()) };
-        if restored.plan.stages.get(spec.stage) == Some(&plan.stages[spec.stage].workers.len()) {
-            return Ok(());
-        }
         let uid = name_hash(spec.uid());
         let is_wanted = |key: &SegmentKey| {
             key.operator == uid && key.kind == crate::checkpoint::notes::BY_SUBTASK
@@ -241,6 +217,10 @@ impl Attach {
         for (index, old) in restored.old.iter().enumerate() {
             let keys = old.chain.segments().iter().map(|segment| (segment.key(), segment.bytes));
             found.extend(keys.filter(|(key, _)| is_wanted(key)).map(|(key, b)| (index, key, b)));
+        }
+        // As many as before: each subtask has its own again.
+        if found.len() == plan.stages[spec.stage].workers.len() {
+            return Ok(());
         }
         let failed = |error: StateError| Error::job(&spec.name, error.to_string());
         // A segment that was never formatted has nothing to take over.

@@ -103,7 +103,8 @@ impl Restored {
             let chain = Arc::new(Chain::open(&mut *disk, &pool, folder, file)?);
             OldWorker::read(*worker, chain, &mut *disk, &pool, folder)
         });
-        let old = old.collect::<Result<Vec<_>, _>>()?;
+        let mut old = old.collect::<Result<Vec<_>, _>>()?;
+        old.sort_by_key(|old| old.worker);
         Ok(Self { plan: plan.clone(), old, folder: folder.into(), disk, pool })
     }
 
@@ -117,6 +118,7 @@ impl Restored {
     /// taken. `wanted` says whether a record belongs here, where all must be looked at.
     pub(crate) fn rests<T: Record>(
         &mut self,
+        name: &str,
         edge: usize,
         to: (usize, usize),
         mut wanted: Option<&mut dyn FnMut(Item<'_, T>) -> bool>,
@@ -129,9 +131,11 @@ impl Restored {
                 None => target % to.1 == to.0,
             };
             let notes = &self.old[old].notes;
-            let flights = notes.flights.iter().filter(|f| f.edge == edge && is_mine(f.to));
+            let is_edge =
+                |old: usize| notes.edges.get(old).map_or(old == edge, |known| known == name);
+            let flights = notes.flights.iter().filter(|f| is_edge(f.edge) && is_mine(f.to));
             let flights: Vec<Flight> = flights.cloned().collect();
-            let spills = notes.spills.iter().filter(|s| s.edge == edge && is_mine(s.to));
+            let spills = notes.spills.iter().filter(|s| is_edge(s.edge) && is_mine(s.to));
             let spills: Vec<Spilled> = spills.cloned().collect();
             for flight in flights {
                 let frames = self.blob(old, &flight.blob)?;

@@ -219,8 +219,10 @@ impl Attach {
             }
         });
         let wanted = is_ours.as_mut().map(|f| f as &mut dyn FnMut(Item<'_, T>) -> bool);
-        for (number, rest) in
-            restored.rests::<T>(edge, (index, count), wanted)?.into_iter().enumerate()
+        for (number, rest) in restored
+            .rests::<T>(&plan.edge_names()[edge], edge, (index, count), wanted)?
+            .into_iter()
+            .enumerate()
         {
             let name = format!("restored-{}/edge-{edge}/rest-{number}", restored.plan.id);
             let start = [0, rest.inner.0, rest.inner.1];
@@ -305,6 +307,7 @@ impl Attach {
             incarnation,
             shape: self.plan.shape(),
             stages: self.plan.stages.iter().map(|stage| stage.workers.len()).collect(),
+            edges: self.plan.edge_names(),
             folder: checkpoints.folder.clone(),
             copies_max: self.settings.checkpoint_memory / BLOCK,
             cells: self.cells,
