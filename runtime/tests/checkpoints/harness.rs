@@ -15,6 +15,7 @@ pub struct Scene {
     pub total: u64,
     pub files: Vec<PathBuf>,
     pub random: Random,
+    pub ring: &'static str,
     /// More arguments for each life.
     pub args: Vec<String>,
 }
@@ -23,7 +24,8 @@ impl Scene {
     pub fn new(job: &'static str, total: u64, files: usize, seed: u64) -> Self {
         let folder = folder();
         let files = (0..files).map(|n| folder.path().join(format!("file-{n}"))).collect();
-        Self { folder, job, total, files, random: Random::new(seed), args: Vec::new() }
+        let random = Random::new(seed);
+        Self { folder, job, total, files, random, ring: "16KiB", args: Vec::new() }
     }
 
     /// The checkpoint folder.
@@ -45,7 +47,7 @@ impl Scene {
         let (workers, checkpoints) = (workers.to_string(), text(&self.checkpoints()));
         Cli::new(job, parameters)
             .own_group()
-            .args(["--workers", &workers, "--key-groups", "16", "--ring-bytes", "16KiB"])
+            .args(["--workers", &workers, "--key-groups", "16", "--ring-bytes", self.ring])
             .args(["--checkpoint-dir", &checkpoints, "--no-progress", "--report", "json"])
             .args(self.args.iter().map(String::as_str))
     }

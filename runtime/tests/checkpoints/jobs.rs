@@ -6,7 +6,7 @@
 
 use super::common::{scramble, text};
 use std::cell::Cell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use testudo::prelude::*;
@@ -329,12 +329,11 @@ pub fn files_rows(total: u64) -> Vec<String> {
     sorted((0..total).filter(|n| n % 40 != 7).map(|n| format!("{n},name {n}")))
 }
 
-/// As `counted`, with a second operator with state where the parameters end in `+`, and a value of
-/// another type where they end in `!`.
+/// Counts by key; a second operator has state where the parameters end in `+`.
 pub fn counted(flow: &Flow, parameters: &str) {
-    let (parameters, change) = match parameters.strip_suffix(['+', '!', '-']) {
-        Some(rest) => (rest.trim_end(), &parameters[parameters.len() - 1..]),
-        None => (parameters, ""),
+    let (parameters, is_more) = match parameters.strip_suffix(" +") {
+        Some(rest) => (rest, true),
+        None => (parameters, false),
     };
     let Asked { total, pace, files } = Asked::parse(parameters);
     let sink = FileSink::new(&files[0], Csv(|row: &Row| (row.key, row.count)));
@@ -350,14 +349,11 @@ pub fn counted(flow: &Flow, parameters: &str) {
         |key, count| Row { key: *key, count: *count, ..Row::default() },
     );
     let counting = counting.uid("count");
-    match change {
-        "" => counting.sink("rows", sink),
-        "!" => panic!("asked for elsewhere"),
-        "+" => {
-            let again = counting.key_by(|row| row.key).reduce(|_, row| Row { ..*row });
-            again.uid("again").sink("rows", sink);
-        }
-        _ => unreachable!("{change}"),
+    if is_more {
+        let again = counting.key_by(|row| row.key).reduce(|_, row| Row { ..*row });
+        again.uid("again").sink("rows", sink);
+    } else {
+        counting.sink("rows", sink);
     }
 }
 
@@ -377,9 +373,4 @@ pub fn recounted(flow: &Flow, parameters: &str) {
         )
         .uid("count")
         .sink("rows", FileSink::new(&files[0], Csv(|row: &Row| (row.key, row.count))));
-}
-
-/// Keys that the state of a big job has.
-pub fn keys_of(rows: &[String]) -> BTreeSet<&str> {
-    rows.iter().filter_map(|row| row.split(',').next()).collect()
 }

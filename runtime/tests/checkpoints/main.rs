@@ -47,6 +47,7 @@ fn main() -> ExitCode {
             a_worker_that_dies_while_it_loads_goes_on_loading,
             a_checkpoint_taken_while_loading_is_whole,
             a_job_that_dies_before_it_took_what_was_in_flight_is_exact,
+            what_was_in_flight_is_taken_in_the_order_in_which_it_was_sent,
             a_resume_that_always_fails_uses_up_the_budget,
             a_drained_job_goes_on_as_if_it_had_been_killed,
             nothing_is_left_of_a_killed_job,

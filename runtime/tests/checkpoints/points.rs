@@ -53,7 +53,7 @@ pub fn a_job_that_dies_at_any_point_of_sealing_is_exact() {
 /// A worker dies at each point of a cut; the job goes on, and so do its checkpoints.
 pub fn a_worker_that_dies_at_any_point_of_a_cut_stops_no_checkpoint() {
     for (first, point) in CUT.into_iter().enumerate() {
-        let mut scene = scene(first as u64);
+        let mut scene = Scene::new("ordered", 90_000, 1, first as u64);
         let order = format!("1:{0}:2:1,0:{0}:1:3", index(point));
         let mut life = scene.life(2, 16_000).env(KILL_AT, &order).start();
         wait_for("three deaths in cuts, and a checkpoint after them", || {
@@ -164,6 +164,23 @@ pub fn a_job_that_dies_before_it_took_what_was_in_flight_is_exact() {
         }
         scene.end(workers);
         scene.check(&jobs::plumbing_rows(scene.total));
+    }
+}
+
+/// Thousands of records of one producer are in flight, twice over: those from before the first
+/// crash, and behind them those from before the second.
+pub fn what_was_in_flight_is_taken_in_the_order_in_which_it_was_sent() {
+    for workers in [2, 3] {
+        let mut scene = Scene::new("ordered", 60_000, 1, workers as u64);
+        scene.ring = "256KiB";
+        for skip in [2, 0, 0] {
+            let ended = scene.crash_at(workers, 20_000, "s", Point::BeforeRetire, skip);
+            assert_eq!(ended.signal, Some(libc::SIGKILL), "{ended:?}");
+        }
+        let ended = scene.crash_at(5 - workers, 20_000, "s", Point::BeforeRetire, 0);
+        assert_eq!(ended.signal, Some(libc::SIGKILL), "{ended:?}");
+        scene.end(workers);
+        scene.check(&jobs::ordered_rows(scene.total));
     }
 }
 
