@@ -141,8 +141,8 @@ impl Missing {
             Ok(()) => Ok(bytes.len()),
             Err(_) if call.copied > 0 => Ok(call.copied as usize),
             Err(error) => match error.raw_os_error() {
-                // There, or the mapping moved at this moment: the caller goes on behind it.
-                Some(libc::EEXIST) => Ok(0),
+                // There already; or nobody watches any more, since all of the range is there.
+                Some(libc::EEXIST | libc::ENOENT) => Ok(0),
                 Some(libc::EAGAIN) => self.bring(at, bytes),
                 _ => Err(error),
             },
@@ -158,7 +158,7 @@ impl Missing {
         match ioctl(&self.fd, UFFDIO_ZEROPAGE, &mut call) {
             Ok(()) => Ok(()),
             Err(error) => match error.raw_os_error() {
-                Some(libc::EEXIST) => {
+                Some(libc::EEXIST | libc::ENOENT) => {
                     self.wake(at, len);
                     Ok(())
                 }
