@@ -1,11 +1,11 @@
 //! Restoring: a job with much state is stopped by SIGKILL and goes on from its checkpoint.
 //!
 //! A first process counts by key with large values until the state is there and in a complete
-//! checkpoint; then its whole group is killed. Each further process resumes from that checkpoint, and
-//! takes none itself. The clock runs from before its start. *First output*: the first result at the
-//! sink of any worker. *Loaded*: no worker has anything of the checkpoint left to read. Lazily, pages
-//! come when they are touched; eagerly (the system call for it is refused to the process), all of
-//! them before the first step. What comes out must continue the counts.
+//! checkpoint; then its whole group is killed. Each further process resumes from that checkpoint,
+//! and takes none itself. The clock runs from before its start. *First output*: the first result at
+//! the sink of any worker. *Loaded*: no worker has anything of the checkpoint left to read. Lazily,
+//! pages come when they are touched; eagerly (the system call for it is refused to the process),
+//! all of them before the first step. What comes out must continue the counts.
 //!
 //! Files are dropped from the page cache before each run. The bare disk reads the same files with
 //! as many threads.

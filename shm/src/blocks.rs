@@ -199,10 +199,10 @@ impl Tracker {
     }
 
     /// Begins a cut: all blocks changed since the last one are to be saved as they are now, and
-    /// those of `also`. Those in `wanted`, ranges of blocks in ascending order, are given out first,
-    /// in that order: they lie behind each other in the file as they do in memory. At most
-    /// `copies_max` blocks are copied before stores. Returns how many blocks there are. The last cut
-    /// must be settled.
+    /// those of `also`. Those in `wanted`, ranges of blocks in ascending order, come first, in that
+    /// order: they lie behind each other in the file as they do in memory. At most
+    /// `copies_max` blocks are copied before stores. Returns how many blocks there are. The last
+    /// cut must be settled.
     pub fn begin(
         &mut self,
         also: impl Iterator<Item = u64>,

@@ -162,8 +162,8 @@ impl Txn {
     }
 
     /// Gives out the next block of the open cut, as it was when the cut began: its number and its
-    /// bytes. `Some(None)` when it found nothing where it looked; `None` when all are saved, or there
-    /// is no cut.
+    /// bytes. `Some(None)` when it found nothing where it looked; `None` when all are saved, or
+    /// there is no cut.
     pub fn save_next<R>(&mut self, save: impl FnOnce(u64, &[u8; BLOCK]) -> R) -> Option<Option<R>> {
         let base = self.base.as_ptr();
         let tracker = self.tracker.as_mut()?;

@@ -303,9 +303,11 @@ fn read_all(files: &Files, file: Option<&FileRef>, pool: &Pool, story: &dyn Fn()
         named.extend(found);
     }
     for file in &named {
+        let (end, taken) = most(|| Chain::open_end(&mut memory, pool, folder(), file));
+        assert!(taken < bound(files), "{}: opening the end took {taken}", story());
         let (chain, taken) = most(|| Chain::open(&mut memory, pool, folder(), file));
         assert!(taken < bound(files), "{}: opening took {taken}", story());
-        if let Ok(chain) = chain {
+        for chain in [chain, end].into_iter().flatten() {
             let (read, taken) = most(|| {
                 let pages: usize =
                     (0..chain.segments().len()).map(|n| chain.pages(n).count()).sum();

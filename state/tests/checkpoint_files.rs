@@ -153,6 +153,11 @@ fn chain_story(seed: u64, pool: &Pool) {
         let opened = Chain::open(&mut memory, pool, folder(), &file).unwrap();
         compare(&opened, &model, &format!("seed {seed} epoch {epoch}, opened"));
         assert_eq!(opened.needed(), chain.needed());
+        // Its end alone says the same of everything but pages.
+        let end = Chain::open_end(&mut memory, pool, folder(), &file).unwrap();
+        assert_eq!((end.segments(), end.blobs()), (opened.segments(), opened.blobs()));
+        assert_eq!((end.newest(), end.job()), (opened.newest(), opened.job()));
+        assert!((0..end.segments().len()).all(|segment| end.pages(segment).next().is_none()));
     }
 }
 

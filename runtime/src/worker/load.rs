@@ -2,8 +2,8 @@
 //!
 //! *At once*: the data thread reads everything before the first step. *Lazily* (R16): processing
 //! begins at once; who touches a page that is not there waits for just that page, which one helper
-//! thread brings, while another reads all pages in the background, in the order in which they lie on
-//! the disk. The two share nothing but the kernel, which lets only the first to bring a page do it.
+//! thread brings, while another reads all pages in the background, in the order in which they lie
+//! on the disk. Of the two, the kernel lets only the first to bring a page do it.
 //!
 //! Invariants:
 //! - a page is verified before it is put in place, and put in place whole; one that is there is

@@ -146,6 +146,10 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
 fn note_resumed(worker: &mut Worker) {
     let (resuming, cx) = (&mut worker.resuming, &mut worker.cx);
     let is_loaded = !resuming.is_loading();
+    if is_loaded {
+        // The list of all pages goes with it, in one of its threads.
+        resuming.loading = None;
+    }
     if is_loaded && let Some(loaded) = resuming.loaded.take() {
         // A part of the next step's transaction.
         cx.txn.set(loaded, 1);
