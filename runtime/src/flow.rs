@@ -35,6 +35,8 @@ pub(crate) struct Draft {
     pub(crate) edges: Vec<EdgeSpec>,
     pub(crate) operators: Vec<OperatorSpec>,
     pub(crate) outputs: Vec<(Output, usize)>,
+    /// What the launching process needs of each sink.
+    pub(crate) sinks: Vec<crate::sink::SinkHooks>,
     /// Files that sources read.
     pub(crate) inputs: Vec<std::path::PathBuf>,
     pub(crate) user_counters: Vec<String>,

@@ -219,16 +219,19 @@ impl Launch {
             self.settings.key_groups = chosen.manifest.groups as usize;
         }
         let (flow, plan) = self.plan(build)?;
-        if chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished) {
-            eprintln!("testudo: the job had come to its end; there is nothing to go on with");
-            return Ok(Report::nothing(&plan, &self.settings));
-        }
+        let is_over = chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished);
         let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
         let is_lazy = chosen.is_some() && can_load_lazily();
         let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
-        let outputs = Outputs::claim(&plan, chosen.is_some())?;
+        let outputs = Outputs::claim(&plan, chosen.is_some(), store.is_some())?;
         if let Some(chosen) = &chosen {
-            Outputs::go_on(&plan, chosen)?;
+            let sinks = &flow.draft.borrow().sinks;
+            if is_over {
+                eprintln!("testudo: the job had come to its end; there is nothing to go on with");
+                Outputs::end_again(&plan, sinks, chosen)?;
+                return Ok(Report::nothing(&plan, &self.settings));
+            }
+            Outputs::go_on(&plan, sinks, chosen)?;
         }
         if let (Some(store), None) = (&store, &chosen) {
             let reset = store.ask(move |store| store.reset(job_id))?;
@@ -253,6 +256,9 @@ impl Launch {
                 events,
             )?),
         };
+        if let Some(checkpointer) = &checkpointer {
+            checkpointer.announce(&plan, &stage, chosen.as_ref());
+        }
         let begun = std::time::Instant::now();
         let crew = Crew::start(&plan, &self.settings, &stage, &watch, Spawner::new(), self.entry)?;
         started(View { workers: stage.workers.clone() });
@@ -269,6 +275,7 @@ impl Launch {
         running.crew.end(result.is_err());
         let console_failed = console.has_failed();
         let console = console.join(result.is_err());
+        let ended = if result.is_ok() && console.is_ok() { outputs.end(&plan) } else { Ok(()) };
         drop(outputs);
         // The console's own error says what happened; the other one then only that it did.
         if !console_failed {
@@ -278,6 +285,7 @@ impl Launch {
             console?;
             result?;
         }
+        ended?;
         Ok(Report::new(
             &plan,
             &self.settings,
@@ -584,13 +592,12 @@ impl Play<'_> {
     }
 
     /// All input is processed: the last checkpoint says so, unless the job was drained before the
-    /// end of its input.
+    /// end of its input. What complete checkpoints hold is shown before anybody leaves.
     fn has_said_so(&mut self, events: &Events) -> bool {
         let is_drained = events.signals.load(Ordering::Acquire) > 0;
-        match &mut self.checkpointer {
-            Some(checkpointer) if !is_drained => checkpointer.finish(self.plan, self.scene),
-            _ => true,
-        }
+        let Some(checkpointer) = &mut self.checkpointer else { return true };
+        let is_said = is_drained || checkpointer.finish(self.plan, self.scene);
+        is_said && checkpointer.sinks_have_committed(self.plan, self.scene)
     }
 }
 

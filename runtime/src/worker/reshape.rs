@@ -12,7 +12,7 @@
 //! Called while stages are built.
 
 use super::attach::Attach;
-use super::restore::Restored;
+use super::restore::{Restore, Restored};
 use crate::error::Error;
 use crate::plan::Plan;
 use crate::source::Subtask;
@@ -21,7 +21,7 @@ use std::rc::Rc;
 use testudo_shm::hash::name_hash;
 use testudo_shm::txn::{Place, Plain, Txn};
 use testudo_shm::zerocopy::{FromBytes, IntoBytes};
-use testudo_state::checkpoint::SegmentKey;
+use testudo_state::checkpoint::{RegionName, SegmentKey};
 use testudo_state::{Gauge, Groups, StateError};
 
 /// The worker that ran a subtask in a job of these stages. Stages with workers of their own come
@@ -40,6 +40,20 @@ pub(crate) fn worker_of(
     let isolated: usize = (0..stages.len()).map(own).sum();
     let shared = workers.saturating_sub(isolated);
     shared + (0..stage).map(own).sum::<usize>() + subtask
+}
+
+impl Restore {
+    /// The cut that the checkpoint holds of an old worker.
+    pub(crate) fn epoch_of(&self, worker: usize) -> Option<u64> {
+        let (_, file) = self.files.iter().find(|(of, _)| *of == worker)?;
+        RegionName::parse(&file.name).map(|name| name.epoch)
+    }
+
+    /// The last cut of any worker in the checkpoint.
+    pub(crate) fn last_epoch(&self) -> u64 {
+        let files = self.files.iter();
+        files.filter_map(|(worker, _)| self.epoch_of(*worker)).max().unwrap_or(0)
+    }
 }
 
 impl Restored {
@@ -85,6 +99,25 @@ impl Attach {
         }
         let bytes = restored.cell_of(&self.plan, stage, index, name_hash(name));
         bytes.and_then(|bytes| T::read_from_bytes(bytes).ok()).unwrap_or(initial)
+    }
+
+    /// The cut that the job goes on from, for this worker's subtask of a stage; `None` when it has
+    /// gone on already, or begins.
+    pub(crate) fn resumed_at(&self, stage: usize) -> Option<u64> {
+        let restored = self.restored.as_ref().filter(|_| self.is_first)?;
+        let (plan, index) = (&restored.plan, self.subtask(stage).index);
+        let is_old = plan.stages.get(stage).is_some_and(|count| index < *count);
+        let worker = worker_of(&self.plan, &plan.stages, restored.old.len(), stage, index);
+        let own = if is_old { plan.epoch_of(worker) } else { None };
+        Some(own.unwrap_or_else(|| plan.last_epoch()))
+    }
+
+    /// The last cut before this worker's subtask of a stage joined; `None` when it was there.
+    pub(crate) fn joined_at(&self, stage: usize) -> Option<u64> {
+        let plan = &self.reshaped()?.plan;
+        let index = self.subtask(stage).index;
+        let is_new = plan.stages.get(stage).is_none_or(|count| index >= *count);
+        is_new.then(|| plan.last_epoch())
     }
 
     /// A cell of a stage that holds event time: of several, the lowest counts.
