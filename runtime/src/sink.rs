@@ -62,7 +62,12 @@ pub trait Sink<T: Record>: 'static {
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job does not start.
-    fn settle(&self, subtask: Subtask, position: &Self::Position, epoch: u64) -> Result<(), String> {
+    fn settle(
+        &self,
+        subtask: Subtask,
+        position: &Self::Position,
+        epoch: u64,
+    ) -> Result<(), String> {
         let mut writer = self.open(subtask, position)?;
         writer.abort(epoch)?;
         writer.commit(epoch)

@@ -256,10 +256,7 @@ mod tests {
             Some(Found { subtask: 12, number, is_open, path: path(name) })
         };
         assert_eq!(name(12, Some(7), "csv.txt"), "part-012-000007.csv.txt");
-        assert_eq!(
-            found("part-012-000007.csv.txt"),
-            part(7, false, "part-012-000007.csv.txt")
-        );
+        assert_eq!(found("part-012-000007.csv.txt"), part(7, false, "part-012-000007.csv.txt"));
         let open = "part-012-12345678.csv.txt.open";
         assert_eq!(found(open), part(12_345_678, true, open));
         for other in ["part-012.csv.txt", "part-012-7.csv", "part-x-7.csv.txt", "notes.csv.txt"] {

@@ -301,8 +301,11 @@ impl Cutter {
     fn begin(&mut self, cx: &mut Cx, cut: Cut) {
         let epoch = cut.epoch;
         if self.open.is_some() {
-            // The coordinator has given the last one up. Its file is closed first.
+            // The coordinator has given the last one up. Its file is closed first; what this worker
+            // takes until then may be sent after its sender's cut, so it takes no part in this one.
             self.give_up(cx, CutFailure::Peer);
+            self.epoch = epoch;
+            self.words.joined.store(epoch, Ordering::Release);
             return;
         }
         let begun_cpu = thread_ns();
@@ -697,7 +700,9 @@ fn extent(txn: &Txn, held: &Held) -> (u64, u64) {
 fn outputs(cx: &Cx) -> Vec<OwnedFd> {
     let mut fds = Vec::new();
     for files in &cx.outputs {
-        fds.extend(files.borrow().iter().filter_map(|file| file.try_clone().ok()).map(OwnedFd::from));
+        fds.extend(
+            files.borrow().iter().filter_map(|file| file.try_clone().ok()).map(OwnedFd::from),
+        );
     }
     fds
 }
