@@ -135,8 +135,7 @@ impl<K: Record> Expiry<K> {
     }
 
     /// Looks at no more than `max` timers that are due, and forgets the keys whose time is over:
-    /// each is handed to `expired`, which drops what it stands for. Ends early when the step's log
-    /// fills up. Returns how many timers it looked at: fewer than `max` means that no more is due.
+    /// each is handed to `expired`, which drops what it stands for. Returns how many timers it looked at: fewer than `max` means that no more is due.
     ///
     /// # Errors
     /// The first error of `expired`, or when there is no memory to move a timer.
@@ -149,7 +148,7 @@ impl<K: Record> Expiry<K> {
         mut expired: impl FnMut(&mut Txn, KeyHash, Item<'_, K>) -> Result<(), StateError>,
     ) -> Result<usize, StateError> {
         let mut looked = 0;
-        while looked < max && !txn.is_nearly_full() {
+        while looked < max {
             if !self.timers.pop(txn, now, &mut self.due)? {
                 break;
             }

@@ -4,9 +4,10 @@
 //! clock of the state ([`Clock`]); what expires and what is swept belongs to the step's transaction,
 //! and goes with the key group into checkpoints. States without a time to live pay nothing.
 //!
-//! Bounded work: `aggregate` and `reduce` sweep at most [`SWEEP_A_STEP`] keys a step, with or
-//! without input; a state of `process` sweeps at most [`SWEEP_A_WRITE`] keys at each write to it,
-//! so that it has at most as many expired keys as there were since it was last written to.
+//! Bounded work: each write sweeps at most [`SWEEP_A_WRITE`] keys of the same state. More go than
+//! come, so expired keys never are the larger part for long. `aggregate` and `reduce` sweep
+//! [`SWEEP_A_STEP`] more a step, with or without input; what expires in a state of `process` that
+//! is not written to any more stays where it is.
 //!
 //! Called by the keyed operators, through [`Push`].
 
@@ -22,10 +23,10 @@ use testudo_shm::record::{Item, Record, Scratch};
 use testudo_shm::txn::{Place, Txn};
 use testudo_state::{Expiry, KeyHash, StateError};
 
-/// Keys that an aggregate looks at in a step, to see whether they have expired.
+/// Keys that an aggregate looks at in a step besides, to see whether they have expired.
 const SWEEP_A_STEP: usize = 64;
 
-/// Keys that a write to a state of `process` looks at. More than one: more go than come.
+/// Keys that a write looks at. More than one: more go than come.
 const SWEEP_A_WRITE: usize = 4;
 
 /// Which time counts.
@@ -218,7 +219,22 @@ impl<K: Record, O> Expiring<K, O> {
         if self.expiry.is_expired(hash, key, now) {
             self.operator.forget(&mut cx.txn, hash, key)?;
         }
-        self.expiry.touch(&mut cx.txn, hash, key, now)
+        self.expiry.touch(&mut cx.txn, hash, key, now)?;
+        self.forget_some::<T>(cx, now, SWEEP_A_WRITE).map(drop)
+    }
+
+    fn forget_some<T: Record>(
+        &mut self,
+        cx: &mut Cx,
+        now: i64,
+        max: usize,
+    ) -> Result<usize, StateError>
+    where
+        O: KeepsValues<T, K>,
+    {
+        let operator = &mut self.operator;
+        let forget = |txn: &mut Txn, hash, key: Item<'_, K>| operator.forget(txn, hash, key);
+        self.expiry.sweep(&mut cx.txn, now, max, forget)
     }
 
     /// Forgets some keys that have expired; true when there were any.
@@ -230,9 +246,7 @@ impl<K: Record, O> Expiring<K, O> {
         if !self.expiry.is_due(now) || cx.txn.is_nearly_full() {
             return false;
         }
-        let operator = &mut self.operator;
-        let forget = |txn: &mut Txn, hash, key: Item<'_, K>| operator.forget(txn, hash, key);
-        match self.expiry.sweep(&mut cx.txn, now, SWEEP_A_STEP, forget) {
+        match self.forget_some::<T>(cx, now, SWEEP_A_STEP) {
             Ok(looked) => looked > 0,
             Err(error) => {
                 cx.fail(Error::job(self.operator.name(), error.to_string()));
