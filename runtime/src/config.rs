@@ -156,6 +156,9 @@ pub struct SettingsArgs {
     /// How files of checkpoints are written [default: auto]
     #[arg(long, value_enum)]
     disk: Option<DiskChoice>,
+    /// Bytes beyond which a checkpoint ends a part of a folder output [default: 128MiB]
+    #[arg(long, value_name = "BYTES")]
+    part_bytes: Option<Bytes>,
     /// Go on from the newest whole checkpoint in the folder
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     resume: Option<bool>,
@@ -245,6 +248,8 @@ pub struct Settings {
     pub checkpoint_deadline: Duration,
     /// How files of checkpoints are written.
     pub disk: DiskChoice,
+    /// Bytes beyond which a checkpoint ends a part of a folder output.
+    pub part_bytes: u64,
     /// Go on from the newest whole checkpoint.
     pub resume: bool,
     /// Go on from this checkpoint: its number, or the path of its manifest.
@@ -286,6 +291,7 @@ impl Default for Settings {
             checkpoint_memory: 256 << 20,
             checkpoint_deadline: Duration::from_secs(60),
             disk: DiskChoice::Auto,
+            part_bytes: 128 << 20,
             resume: false,
             resume_from: None,
             load_bandwidth: None,
@@ -345,6 +351,7 @@ impl SettingsArgs {
             checkpoint_memory: self.checkpoint_memory.or(other.checkpoint_memory),
             checkpoint_deadline: self.checkpoint_deadline.or(other.checkpoint_deadline),
             disk: self.disk.or(other.disk),
+            part_bytes: self.part_bytes.or(other.part_bytes),
             resume: self.resume.or(other.resume),
             resume_from: self.resume_from.or(other.resume_from),
             load_bandwidth: self.load_bandwidth.or(other.load_bandwidth),
@@ -394,6 +401,7 @@ impl SettingsArgs {
                     .map_err(|why| Error::Usage(format!("--checkpoint-deadline: {why}")))?,
             },
             disk: self.disk.unwrap_or(base.disk),
+            part_bytes: self.part_bytes.map_or(base.part_bytes, |bytes| bytes.0 as u64),
             resume: self.resume.unwrap_or(base.resume),
             resume_from: self.resume_from.or(base.resume_from),
             load_bandwidth: self

@@ -36,6 +36,8 @@ pub(crate) struct Draft {
     pub(crate) operators: Vec<OperatorSpec>,
     /// Each with the operator that writes it.
     pub(crate) outputs: Vec<(Output, usize)>,
+    /// What the launching process needs of each sink.
+    pub(crate) sinks: Vec<crate::sink::SinkHooks>,
     /// Files that sources read.
     pub(crate) inputs: Vec<std::path::PathBuf>,
     pub(crate) user_counters: Vec<String>,

@@ -74,6 +74,7 @@ pub mod prelude {
     pub use crate::config::Settings;
     pub use crate::flow::Flow;
     pub use crate::flow::windowed::Bounds;
+    pub use crate::operator::expire::Ttl;
     pub use crate::operator::stateless::Emit;
     pub use crate::sink::file::FileSink;
     pub use crate::source::file::FileSource;

@@ -25,6 +25,8 @@ pub(crate) mod aggregate;
 
 pub(crate) mod process;
 
+pub(crate) mod expire;
+
 use crate::worker::context::Cx;
 use testudo_shm::record::{Batch, Item, Record, Scratch};
 

@@ -66,10 +66,16 @@ pub enum Point {
     RootWritten,
     /// The checkpoint is complete, what it replaces is still there.
     BeforeRetire,
+    /// Sinks have prepared for a cut, and that is not committed.
+    SinksPrepared,
+    /// A checkpoint is complete, sinks have not committed.
+    Committing,
+    /// Sinks have committed, nobody knows.
+    SinksCommitted,
 }
 
 impl Point {
-    /// All of them, in order.
+    /// Those of every job, in order.
     pub const ALL: [Self; 25] = [
         Self::AttachBegin,
         Self::Mapped,
@@ -97,6 +103,16 @@ impl Point {
         Self::RootWritten,
         Self::BeforeRetire,
     ];
+
+    /// Those of sinks, in jobs with checkpoints.
+    pub const SINKS: [Self; 3] = [Self::SinksPrepared, Self::Committing, Self::SinksCommitted];
+
+    /// What an order calls this point.
+    #[must_use]
+    pub fn number(self) -> usize {
+        let all = Self::ALL.iter().chain(&Self::SINKS);
+        all.into_iter().take_while(|point| **point != self).count()
+    }
 }
 
 /// The environment variable that arms a kill point.
@@ -135,7 +151,8 @@ fn arm_as(who: &str, incarnation: u64) {
         let is_meant = parts.next() == Some(who);
         let mut number = || parts.next().and_then(|part| part.parse::<u64>().ok());
         let (index, times, skip) = (number(), number(), number());
-        let point = index.and_then(|index| Point::ALL.get(index as usize));
+        let mut points = Point::ALL.iter().chain(&Point::SINKS);
+        let point = index.and_then(|index| points.nth(index as usize));
         if let (true, Some(&point), Some(times)) = (is_meant, point, times)
             && incarnation < times
         {

@@ -176,7 +176,10 @@ fn every_bad_configuration_file_is_refused_with_its_place() {
              `key-groups`, `huge-pages`, \
              `limit`, `rate`, `rejects`, `max-rejects`, `no-split`, `completeness`, \
              `restart-budget`, \
-             `trust-records`, `report`, `explain`, `no-progress`"
+             `trust-records`, `checkpoint-dir`, `checkpoint-interval`, `checkpoint-at`, \
+             `checkpoint-bandwidth`, `checkpoint-memory`, `checkpoint-deadline`, `disk`, \
+             `part-bytes`, `resume`, `resume-from`, `load-bandwidth`, `allow-dropped-state`, \
+             `report`, `explain`, `no-progress`"
         ),
     );
     with(

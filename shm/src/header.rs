@@ -13,7 +13,7 @@ use crate::primitive::{AtomicU32, AtomicU64};
 pub const MAGIC: u64 = 0x7465_7374_7564_6f31;
 
 /// Version of every shared layout; a change is a new number.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// Waiters that can each have a death word: supervisor, standby, replica, and one to spare.
 pub const DEATH_WORDS: usize = 4;
@@ -144,6 +144,9 @@ pub struct CutWords {
     pub copied_ns: AtomicU64,
     /// The cut that this incarnation joined the job at: it takes no part in it.
     pub joined: AtomicU64,
+    /// The latest cut in a complete checkpoint that the worker's sinks have committed.
+    pub committed: AtomicU64,
+    committed_line: [u64; 15],
 }
 
 /// Why a worker's part of a cut failed, in [`CutWords::failure`].

@@ -35,11 +35,14 @@ pub mod slice;
 
 pub mod timer;
 
+pub mod expire;
+
 pub mod disk;
 
 pub mod checkpoint;
 
 pub use error::StateError;
+pub use expire::Expiry;
 pub use group::Groups;
 pub use key::{GROUPS_DEFAULT, KeyHash, group_of};
 pub use list::List;

@@ -8,11 +8,13 @@ use crate::error::Error;
 use crate::exchange::route::ByKey;
 use crate::operator::Push;
 use crate::operator::aggregate::{Aggregate, KeyedParts, Reduce};
+use crate::operator::expire::{Clocks, Expiring, Ttl};
 use crate::operator::process::{Declare, Process, ProcessContext};
 use crate::plan::{EdgeKind, Grouping, StateSpec};
 use crate::worker::attach::Attach;
 use std::marker::PhantomData;
 use std::rc::Rc;
+use std::time::Duration;
 use testudo_shm::record::{Record, Scratch};
 use testudo_state::KeyHash;
 
@@ -26,6 +28,19 @@ pub struct Keyed<T: Record, K, F> {
     pub(crate) stream: Exchanged<T>,
     pub(crate) key: KeyFn<F>,
     pub(crate) of: PhantomData<fn() -> K>,
+}
+
+/// A keyed stream whose state is forgotten when a key was not used for a while: see [`Keyed::ttl`].
+#[must_use = "a keyed stream does nothing until it is aggregated, reduced or processed"]
+pub struct KeyedTtl<T: Record, K, F> {
+    keyed: Keyed<T, K, F>,
+    ttl: Ttl,
+}
+
+impl<T: Record, K, F> std::fmt::Debug for KeyedTtl<T, K, F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KeyedTtl({:?}, {:?})", self.keyed, self.ttl)
+    }
 }
 
 impl<T: Record, K, F> std::fmt::Debug for Keyed<T, K, F> {
@@ -100,6 +115,35 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         self.stream
     }
 
+    /// Forgets the state of a key `after` it was last written, by the machine's clock: the next
+    /// record of that key finds nothing. Expired state is never seen; its memory is given back
+    /// piece by piece, and what passes between is bounded by the number of keys in that time.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use testudo::prelude::*;
+    /// fn build(flow: &Flow, _options: &NoOptions) {
+    ///     flow.source("numbers", Generator::new(1_000, |n| n))
+    ///         .key_by(|n| n % 10)
+    ///         .ttl(Duration::from_secs(3600))
+    ///         .aggregate(|| 0u64, |count, _| *count += 1, |key, count| (*key, *count))
+    ///         .for_each(|_| ());
+    /// }
+    /// ```
+    ///
+    /// Each state of [`KeyedTtl::process`] has this time to live, unless it is declared with another
+    /// one.
+    pub fn ttl(self, after: Duration) -> KeyedTtl<T, K, F> {
+        KeyedTtl { keyed: self, ttl: Ttl::processing_time(after) }
+    }
+
+    /// As [`Keyed::ttl`], in event time: a key's state is forgotten once the watermark is `after`
+    /// later than it was when the key was last written. Before the first watermark nothing is, and
+    /// at the end of input no more.
+    pub fn ttl_event_time(self, after: Duration) -> KeyedTtl<T, K, F> {
+        KeyedTtl { keyed: self, ttl: Ttl::event_time(after) }
+    }
+
     /// Full control: `declare` names the states, `on_record` is called for each record and
     /// `on_timer` for each timer that the watermark has passed, with the key's state, timers and
     /// outputs in their context.
@@ -116,12 +160,29 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         P: Fn(&mut S, &mut ProcessContext<'_, K, U>, &T::View) + 'static,
         Q: Fn(&mut S, &mut ProcessContext<'_, K, U>, i64) + 'static,
     {
+        self.process_with(None, declare, on_record, on_timer)
+    }
+
+    fn process_with<S, U, D, P, Q>(
+        self,
+        ttl: Option<Ttl>,
+        declare: D,
+        on_record: P,
+        on_timer: Q,
+    ) -> Next<T, InletChain<T>, ProcessLink<K, S, U, F, D, P, Q>>
+    where
+        S: 'static,
+        U: Record,
+        D: Fn(&mut Declare<'_, K>) -> S + 'static,
+        P: Fn(&mut S, &mut ProcessContext<'_, K, U>, &T::View) + 'static,
+        Q: Fn(&mut S, &mut ProcessContext<'_, K, U>, i64) + 'static,
+    {
         let key = self.key;
         let flow = self.stream.flow.clone();
         self.stream.then("process", |operator| {
             // What it keeps is declared in the workers, which check each state by its name.
             declare_state::<K, K>(&flow, operator, Grouping::ByKey);
-            ProcessLink { key, declare, on_record, on_timer, operator, of: PhantomData }
+            ProcessLink { key, ttl, declare, on_record, on_timer, operator, of: PhantomData }
         })
     }
 
@@ -133,6 +194,122 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
     {
         Windowed { keyed: self, window: window.into(), time }
     }
+}
+
+impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> KeyedTtl<T, K, F> {
+    /// See [`Keyed::aggregate`].
+    pub fn aggregate<A, U, I, G, E>(
+        self,
+        init: I,
+        fold: G,
+        emit: E,
+    ) -> Next<T, InletChain<T>, TtlLink<K, AggregateLink<K, A, U, F, I, G, E>>>
+    where
+        A: Record,
+        U: Record,
+        I: Fn() -> A + 'static,
+        G: Fn(&mut A, &T::View) + 'static,
+        E: Fn(&K::View, &A::View) -> U + 'static,
+    {
+        let Self { keyed: Keyed { stream, key, .. }, ttl } = self;
+        let flow = stream.flow.clone();
+        stream.then("aggregate", |operator| {
+            declare_state::<K, A>(&flow, operator, Grouping::ByKey);
+            let link = AggregateLink { key, init, fold, emit, operator, of: PhantomData };
+            TtlLink { link, ttl, operator, of: PhantomData }
+        })
+    }
+
+    /// See [`Keyed::reduce`].
+    pub fn reduce<G>(self, combine: G) -> Next<T, InletChain<T>, TtlLink<K, ReduceLink<K, F, G>>>
+    where
+        G: Fn(&T::View, &T::View) -> T + 'static,
+    {
+        let Self { keyed: Keyed { stream, key, .. }, ttl } = self;
+        let flow = stream.flow.clone();
+        stream.then("reduce", |operator| {
+            declare_state::<K, T>(&flow, operator, Grouping::ByKey);
+            let link = ReduceLink { key, combine, operator, of: PhantomData };
+            TtlLink { link, ttl, operator, of: PhantomData }
+        })
+    }
+
+    /// See [`Keyed::process`].
+    pub fn process<S, U, D, P, Q>(
+        self,
+        declare: D,
+        on_record: P,
+        on_timer: Q,
+    ) -> Next<T, InletChain<T>, ProcessLink<K, S, U, F, D, P, Q>>
+    where
+        S: 'static,
+        U: Record,
+        D: Fn(&mut Declare<'_, K>) -> S + 'static,
+        P: Fn(&mut S, &mut ProcessContext<'_, K, U>, &T::View) + 'static,
+        Q: Fn(&mut S, &mut ProcessContext<'_, K, U>, i64) + 'static,
+    {
+        self.keyed.process_with(Some(self.ttl), declare, on_record, on_timer)
+    }
+}
+
+/// See [`Keyed::ttl`]: an operator on keyed values, with a time to live.
+#[derive(Debug)]
+pub struct TtlLink<K, L> {
+    link: L,
+    ttl: Ttl,
+    operator: usize,
+    of: PhantomData<fn() -> K>,
+}
+
+impl<T, K, A, U, F, I, G, E> Link<T> for TtlLink<K, AggregateLink<K, A, U, F, I, G, E>>
+where
+    T: Record,
+    K: Record,
+    A: Record,
+    U: Record,
+    F: Fn(&T::View) -> K + 'static,
+    I: Fn() -> A + 'static,
+    G: Fn(&mut A, &T::View) + 'static,
+    E: Fn(&K::View, &A::View) -> U + 'static,
+{
+    type Out = U;
+    type Op<N: Push<U> + 'static> = Expiring<K, Aggregate<T, K, A, U, F, I, G, E, N>>;
+
+    fn link<N: Push<U> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
+        let operator = self.link.link(at, next)?;
+        expiring(at, self.operator, self.ttl, operator)
+    }
+}
+
+impl<T, K, F, G> Link<T> for TtlLink<K, ReduceLink<K, F, G>>
+where
+    T: Record,
+    K: Record,
+    F: Fn(&T::View) -> K + 'static,
+    G: Fn(&T::View, &T::View) -> T + 'static,
+{
+    type Out = T;
+    type Op<N: Push<T> + 'static> = Expiring<K, Reduce<T, K, F, G, N>>;
+
+    fn link<N: Push<T> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
+        let operator = self.link.link(at, next)?;
+        expiring(at, self.operator, self.ttl, operator)
+    }
+}
+
+/// Puts a time to live on an operator's values.
+fn expiring<K: Record, O>(
+    at: &mut Attach,
+    number: usize,
+    ttl: Ttl,
+    operator: O,
+) -> Result<Expiring<K, O>, Error> {
+    let clocks = Clocks { event: at.operator_watermark(number, "latest")? };
+    let groups = at.groups(number)?;
+    let expiry = groups
+        .expiry(&mut at.cx.txn, "values", ttl.after_ms)
+        .map_err(|error| Error::job(&at.operator_name(number), error.to_string()))?;
+    Ok(Expiring { operator, expiry, clock: ttl.clock, clocks, scratch: Scratch::default() })
 }
 
 /// Says that an operator has state, of values `A` by key `K`, so that the plan makes its groups.
@@ -224,6 +401,7 @@ where
 #[derive(Debug)]
 pub struct ProcessLink<K, S, U, F, D, P, Q> {
     key: KeyFn<F>,
+    ttl: Option<Ttl>,
     declare: D,
     on_record: P,
     on_timer: Q,
@@ -248,6 +426,6 @@ where
     fn link<N: Push<U> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
         let keyed = keyed_parts(at, self.operator, self.key);
         let fns = (self.on_record, self.on_timer);
-        Process::open(at, self.operator, keyed, &self.declare, fns, next)
+        Process::open(at, self.operator, keyed, (&self.declare, self.ttl), fns, next)
     }
 }

@@ -10,9 +10,11 @@ use crate::operator::Push;
 use crate::operator::count::Count;
 use crate::operator::stateless::{Emit, EventTime, Filter, FlatMap, Map, Split, TryMap};
 use crate::plan::{CounterKind, EdgeKind};
-use crate::sink::{ForEach, Sink, SinkEnd, Writer};
+use crate::sink::{ForEach, Prepared, Sink, SinkEnd, SinkHooks, Writer};
 use crate::worker::attach::Attach;
+use std::cell::RefCell;
 use std::marker::PhantomData;
+use std::rc::Rc;
 use std::time::Duration;
 use testudo_shm::record::Record;
 
@@ -203,22 +205,37 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         }
     }
 
-    fn sink_here<S: Sink<T>>(self, name: &str, sink: S) {
+    fn sink_here<S: Sink<T>>(self, name: &str, mut sink: S) {
         let stage = self.stage;
         let operator = self.flow.add_operator(stage, name, "sink");
-        if let Some(output) = sink.claims() {
-            self.flow.draft.borrow_mut().outputs.push((output, operator));
+        sink.configure(&self.flow.settings);
+        let sink = Rc::new(sink);
+        {
+            let mut draft = self.flow.draft.borrow_mut();
+            draft.outputs.extend(sink.claims().map(|output| (output, operator)));
+            draft.sinks.push(SinkHooks::of::<T, S>(stage, operator, &sink));
         }
         self.finish(Box::new(move |attach, chain: C| {
             let subtask = attach.subtask(stage);
             let name = attach.operator_name(operator);
             let uid = attach.plan.operators[operator].uid();
             let cell = format!("{uid}/position");
-            let start = attach.inherited_by_number(stage, &cell, sink.start(subtask));
+            let start = match attach.joined_at(stage) {
+                Some(epoch) => sink.join(subtask, epoch),
+                None => sink.start(subtask),
+            };
+            let start = attach.inherited_by_number(stage, &cell, start);
             let position = attach.named_cell(&cell, start)?;
             let from = attach.cx.txn.get(position);
-            let writer = sink.open(subtask, &from).map_err(|message| Error::job(&name, message))?;
-            attach.cx.outputs.extend(Writer::<T, _>::file(&writer));
+            let failed = |message| Error::job(&name, message);
+            let mut writer = sink.open(subtask, &from).map_err(failed)?;
+            if let Some(epoch) = attach.resumed_at(stage) {
+                Writer::<T, _>::abort(&mut writer, epoch).map_err(failed)?;
+            }
+            attach.cx.outputs.extend(Writer::<T, _>::files(&writer));
+            let (writer, of) = (Rc::new(RefCell::new(writer)), PhantomData::<fn(T)>);
+            let at_cut = Prepared { name: name.clone(), writer: Rc::clone(&writer), position, of };
+            attach.cx.sinks.push(Rc::new(at_cut));
             let records = attach.counter(operator, CounterKind::In);
             let end = SinkEnd { name, writer, position, records, written: 0, of: PhantomData };
             chain.build(attach, end)

@@ -8,10 +8,12 @@
 //! Called through [`Push`], always right behind a hash exchange.
 
 use super::aggregate::KeyedParts;
+use super::expire::{Clocks, Expires, Ttl};
 use super::{Push, hand_on};
 use crate::error::Error;
 use crate::worker::attach::Attach;
 use crate::worker::context::Cx;
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::rc::Rc;
 use testudo_shm::record::{Batch, Item, Record, Scratch};
@@ -24,6 +26,10 @@ pub struct Declare<'a, K> {
     groups: &'a Groups,
     txn: &'a mut Txn,
     error: &'a mut Option<StateError>,
+    /// Time to live of what is declared next.
+    ttl: Option<Ttl>,
+    /// Whether anything has one.
+    any_ttl: &'a mut bool,
     of: PhantomData<fn() -> K>,
 }
 
@@ -33,15 +39,15 @@ type Opened<S> = Option<S>;
 
 /// One value for each key.
 #[derive(Debug)]
-pub struct ValueState<K: Record, V: Record>(Opened<Value<K, V>>);
+pub struct ValueState<K: Record, V: Record>(Opened<Value<K, V>>, Option<Expires<K>>);
 
 /// A list for each key.
 #[derive(Debug)]
-pub struct ListState<K: Record, T: Record>(Opened<List<K, T>>);
+pub struct ListState<K: Record, T: Record>(Opened<List<K, T>>, Option<Expires<K>>);
 
 /// A map for each key.
 #[derive(Debug)]
-pub struct MapState<K: Record, UK: Record, UV: Record>(Opened<Map<K, UK, UV>>);
+pub struct MapState<K: Record, UK: Record, UV: Record>(Opened<Map<K, UK, UV>>, Option<Expires<K>>);
 
 impl<K: Record> Declare<'_, K> {
     fn keep<S>(&mut self, opened: Result<S, StateError>) -> Opened<S> {
@@ -54,22 +60,67 @@ impl<K: Record> Declare<'_, K> {
         }
     }
 
+    /// The states that are declared with what this returns have a time to live of their own:
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use testudo::prelude::*;
+    /// fn build(flow: &Flow, _options: &NoOptions) {
+    ///     flow.source("numbers", Generator::new(1_000, |n| n))
+    ///         .key_by(|n| n % 10)
+    ///         .process(
+    ///             |state| state.ttl(Ttl::processing_time(Duration::from_secs(60))).value("last"),
+    ///             |last, cx, n: &u64| {
+    ///                 if cx.get(last).is_none() {
+    ///                     cx.emit(*n); // the first in a minute
+    ///                 }
+    ///                 cx.set(last, n);
+    ///             },
+    ///             |_, _, _| (),
+    ///         )
+    ///         .for_each(|_| ());
+    /// }
+    /// ```
+    ///
+    /// What a key has in a state expires as a whole: a list with all its items, a map with all its
+    /// entries; any write renews it, but for removing an entry of a map. Expired, it is as if it
+    /// was never there; its memory is given back by later writes to the same state, a few keys
+    /// each. A state must keep its kind when a job is resumed: with a time to live, or without.
+    pub fn ttl(&mut self, ttl: Ttl) -> Declare<'_, K> {
+        Declare {
+            groups: self.groups,
+            txn: self.txn,
+            error: self.error,
+            ttl: Some(ttl),
+            any_ttl: self.any_ttl,
+            of: PhantomData,
+        }
+    }
+
+    fn expires(&mut self, name: &str) -> Option<Expires<K>> {
+        let ttl = self.ttl?;
+        *self.any_ttl = true;
+        let expiry = self.groups.expiry(self.txn, name, ttl.after_ms);
+        let expiry = Rc::new(RefCell::new(self.keep(expiry)?));
+        Some(Expires { ttl, expiry })
+    }
+
     /// One value for each key.
     pub fn value<V: Record>(&mut self, name: &str) -> ValueState<K, V> {
         let opened = self.groups.value(self.txn, name);
-        ValueState(self.keep(opened))
+        ValueState(self.keep(opened), self.expires(name))
     }
 
     /// A list for each key.
     pub fn list<T: Record>(&mut self, name: &str) -> ListState<K, T> {
         let opened = self.groups.list(self.txn, name);
-        ListState(self.keep(opened))
+        ListState(self.keep(opened), self.expires(name))
     }
 
     /// A map for each key.
     pub fn map<UK: Record, UV: Record>(&mut self, name: &str) -> MapState<K, UK, UV> {
         let opened = self.groups.map(self.txn, name);
-        MapState(self.keep(opened))
+        MapState(self.keep(opened), self.expires(name))
     }
 }
 
@@ -85,6 +136,9 @@ pub struct ProcessContext<'a, K: Record, U> {
     timers: &'a mut Timers<K>,
     out: &'a mut Vec<U>,
     watermark: i64,
+    clocks: Clocks,
+    /// What was read and is renewed by that, with the time.
+    reads: &'a RefCell<Vec<(Expires<K>, i64)>>,
 }
 
 impl<K: Record, U> std::fmt::Debug for ProcessContext<'_, K, U> {
@@ -115,34 +169,102 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
         done.map_err(|error| self.cx.fail(Error::job(self.name, error.to_string()))).ok()
     }
 
+    /// Whether what the key has in a state has not expired; renews it where reads do.
+    #[inline]
+    fn is_alive(&self, expires: Option<&Expires<K>>) -> bool {
+        expires.is_none_or(|expires| self.is_alive_now(expires))
+    }
+
+    fn is_alive_now(&self, expires: &Expires<K>) -> bool {
+        let now = self.clocks.now(&self.cx.txn, expires.ttl.clock);
+        let expiry = expires.expiry.borrow();
+        let is_expired = expiry.is_expired(self.hash, self.key, now);
+        if !is_expired && expires.ttl.is_renewed_by_reads && expiry.contains(self.hash, self.key) {
+            self.reads.borrow_mut().push((expires.clone(), now));
+        }
+        !is_expired
+    }
+
+    /// Renews what user code has read, unless it was forgotten since.
+    #[inline]
+    fn renew(self) {
+        for (expires, now) in self.reads.borrow_mut().drain(..) {
+            let mut expiry = expires.expiry.borrow_mut();
+            let is_kept = expiry.contains(self.hash, self.key);
+            let done = if is_kept {
+                expiry.touch(&mut self.cx.txn, self.hash, self.key, now)
+            } else {
+                Ok(())
+            };
+            if let Err(error) = done {
+                self.cx.fail(Error::job(self.name, error.to_string()));
+            }
+        }
+    }
+
+    /// Writes to a state.
+    #[inline]
+    fn write<S>(
+        &mut self,
+        (state, expires): (&mut Opened<S>, Option<&Expires<K>>),
+        drop: impl Fn(&mut S, &mut Txn, KeyHash, Item<'_, K>) -> Result<(), StateError>,
+        write: impl FnOnce(&mut S, &mut Txn, KeyHash, Item<'_, K>) -> Result<(), StateError>,
+    ) {
+        let Some(state) = state else { return };
+        let (hash, key, txn) = (self.hash, self.key, &mut self.cx.txn);
+        let done = match expires {
+            None => write(state, txn, hash, key),
+            Some(expires) => {
+                let now = self.clocks.now(txn, expires.ttl.clock);
+                expires.write(txn, (hash, key, now), state, drop, |state, txn| {
+                    write(state, txn, hash, key)
+                })
+            }
+        };
+        self.check(done);
+    }
+
+    /// Forgets what the key has in a state.
+    fn forget<S>(
+        &mut self,
+        (state, expires): (&mut Opened<S>, Option<&Expires<K>>),
+        drop: impl Fn(&mut S, &mut Txn, KeyHash, Item<'_, K>) -> Result<(), StateError>,
+    ) {
+        let Some(state) = state else { return };
+        let (hash, key, txn) = (self.hash, self.key, &mut self.cx.txn);
+        let done = drop(state, txn, hash, key).and_then(|()| {
+            let expiry = expires.map(|expires| expires.expiry.borrow_mut());
+            expiry.map_or(Ok(()), |mut expiry| expiry.forget(txn, hash, key))
+        });
+        self.check(done);
+    }
+
     /// The key's value.
     #[must_use]
     pub fn get<'s, V: Record>(&self, state: &'s ValueState<K, V>) -> Option<&'s V::View> {
-        Some(state.0.as_ref()?.get(self.hash, self.key)?.view)
+        let found = state.0.as_ref()?.get(self.hash, self.key)?;
+        self.is_alive(state.1.as_ref()).then_some(found.view)
     }
 
     /// Sets the key's value.
     pub fn set<V: Record>(&mut self, state: &mut ValueState<K, V>, value: &V) {
-        if let Some(state) = &mut state.0 {
-            let done = state.set(&mut self.cx.txn, self.hash, self.key, value);
-            self.check(done);
-        }
+        let ValueState(opened, expires) = state;
+        self.write((opened, expires.as_ref()), drop_value, |state, txn, hash, key| {
+            state.set(txn, hash, key, value).map(drop)
+        });
     }
 
     /// Forgets the key's value.
     pub fn clear<V: Record>(&mut self, state: &mut ValueState<K, V>) {
-        if let Some(state) = &mut state.0 {
-            let done = state.clear(&mut self.cx.txn, self.hash, self.key);
-            self.check(done);
-        }
+        self.forget((&mut state.0, state.1.as_ref()), drop_value);
     }
 
     /// Appends to the key's list.
     pub fn append<T: Record>(&mut self, state: &mut ListState<K, T>, item: &T) {
-        if let Some(state) = &mut state.0 {
-            let done = state.append(&mut self.cx.txn, self.hash, self.key, item);
-            self.check(done);
-        }
+        let ListState(opened, expires) = state;
+        self.write((opened, expires.as_ref()), drop_list, |state, txn, hash, key| {
+            state.append(txn, hash, key, item)
+        });
     }
 
     /// The key's list, oldest first.
@@ -150,16 +272,14 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
         &self,
         state: &'s ListState<K, T>,
     ) -> impl Iterator<Item = &'s T::View> + use<'s, K, U, T> {
-        let items = state.0.as_ref().map(|state| state.iter(self.hash, self.key));
+        let alive = state.0.as_ref().filter(|_| self.is_alive(state.1.as_ref()));
+        let items = alive.map(|state| state.iter(self.hash, self.key));
         items.into_iter().flatten().map(|item| item.view)
     }
 
     /// Forgets the key's list.
     pub fn clear_list<T: Record>(&mut self, state: &mut ListState<K, T>) {
-        if let Some(state) = &mut state.0 {
-            let done = state.clear(&mut self.cx.txn, self.hash, self.key);
-            self.check(done);
-        }
+        self.forget((&mut state.0, state.1.as_ref()), drop_list);
     }
 
     /// An entry of the key's map.
@@ -170,7 +290,9 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
         user_key: &UK,
     ) -> Option<&'s UV::View> {
         let mut scratch = Scratch::default();
-        Some(state.0.as_ref()?.get(self.hash, self.key, user_key.item(&mut scratch))?.view)
+        let user_key = user_key.item(&mut scratch);
+        let found = state.0.as_ref()?.get(self.hash, self.key, user_key)?;
+        self.is_alive(state.1.as_ref()).then_some(found.view)
     }
 
     /// Puts an entry into the key's map.
@@ -180,12 +302,11 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
         user_key: &UK,
         value: &UV,
     ) {
-        if let Some(state) = &mut state.0 {
+        let MapState(opened, expires) = state;
+        self.write((opened, expires.as_ref()), drop_map, |state, txn, hash, key| {
             let mut scratch = Scratch::default();
-            let user_key = user_key.item(&mut scratch);
-            let done = state.put(&mut self.cx.txn, self.hash, self.key, user_key, value);
-            self.check(done);
-        }
+            state.put(txn, hash, key, user_key.item(&mut scratch), value).map(drop)
+        });
     }
 
     /// Removes an entry of the key's map.
@@ -207,7 +328,8 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
         &self,
         state: &'s MapState<K, UK, UV>,
     ) -> impl Iterator<Item = (&'s UK::View, &'s UV::View)> + use<'s, K, U, UK, UV> {
-        let items = state.0.as_ref().map(|state| state.iter(self.hash, self.key));
+        let alive = state.0.as_ref().filter(|_| self.is_alive(state.1.as_ref()));
+        let items = alive.map(|state| state.iter(self.hash, self.key));
         items.into_iter().flatten().map(|(key, value)| (key.view, value.view))
     }
 
@@ -228,6 +350,33 @@ impl<K: Record, U: Record> ProcessContext<'_, K, U> {
     }
 }
 
+fn drop_value<K: Record, V: Record>(
+    state: &mut Value<K, V>,
+    txn: &mut Txn,
+    hash: KeyHash,
+    key: Item<'_, K>,
+) -> Result<(), StateError> {
+    state.clear(txn, hash, key).map(drop)
+}
+
+fn drop_list<K: Record, T: Record>(
+    state: &mut List<K, T>,
+    txn: &mut Txn,
+    hash: KeyHash,
+    key: Item<'_, K>,
+) -> Result<(), StateError> {
+    state.clear(txn, hash, key).map(drop)
+}
+
+fn drop_map<K: Record, UK: Record, UV: Record>(
+    state: &mut Map<K, UK, UV>,
+    txn: &mut Txn,
+    hash: KeyHash,
+    key: Item<'_, K>,
+) -> Result<(), StateError> {
+    state.clear(txn, hash, key).map(drop)
+}
+
 /// The operator.
 pub struct Process<T: Record, K: Record, S, U, F, P, Q, N> {
     keyed: KeyedParts<K, Rc<F>>,
@@ -239,6 +388,10 @@ pub struct Process<T: Record, K: Record, S, U, F, P, Q, N> {
     out: Vec<U>,
     watermark: Place<i64>,
     passed: Place<i64>,
+    clocks: Clocks,
+    /// Some state has a time to live.
+    any_ttl: bool,
+    reads: RefCell<Vec<(Expires<K>, i64)>>,
     next: N,
     of: PhantomData<fn(T)>,
 }
@@ -257,16 +410,22 @@ where
         at: &mut Attach,
         operator: usize,
         keyed: KeyedParts<K, Rc<F>>,
-        declare: &impl Fn(&mut Declare<'_, K>) -> S,
+        (declare, ttl): (&impl Fn(&mut Declare<'_, K>) -> S, Option<Ttl>),
         (on_record, on_timer): (P, Q),
         next: N,
     ) -> Result<Self, Error> {
         let groups = at.groups(operator)?;
+        let clocks = Clocks { event: at.operator_watermark(operator, "latest")? };
         let failed = |error: StateError| Error::job(&keyed.name, error.to_string());
-        let mut error = None;
-        let txn = &mut at.cx.txn;
-        let state =
-            declare(&mut Declare { groups: &groups, txn, error: &mut error, of: PhantomData });
+        let (mut error, mut any_ttl) = (None, false);
+        let state = declare(&mut Declare {
+            groups: &groups,
+            txn: &mut at.cx.txn,
+            error: &mut error,
+            ttl,
+            any_ttl: &mut any_ttl,
+            of: PhantomData,
+        });
         if let Some(error) = error {
             return Err(failed(error));
         }
@@ -285,6 +444,9 @@ where
             out,
             watermark,
             passed,
+            clocks,
+            any_ttl,
+            reads: RefCell::default(),
             next,
             of,
         })
@@ -303,8 +465,11 @@ where
             timers: &mut self.timers,
             out: &mut self.out,
             watermark,
+            clocks: self.clocks,
+            reads: &self.reads,
         };
         (self.on_record)(&mut self.state, &mut context, item.view);
+        context.renew();
         self.hand_on(cx);
     }
 
@@ -353,8 +518,11 @@ where
             timers: &mut self.timers,
             out: &mut self.out,
             watermark,
+            clocks: self.clocks,
+            reads: &self.reads,
         };
         (self.on_timer)(&mut self.state, &mut context, self.due.time());
+        context.renew();
         self.hand_on(cx);
     }
 }
@@ -382,6 +550,9 @@ where
     fn watermark(&mut self, cx: &mut Cx, watermark: i64) {
         if watermark > cx.txn.get(self.watermark) {
             cx.txn.set(self.watermark, watermark);
+            if self.any_ttl {
+                self.clocks.advance(&mut cx.txn, watermark);
+            }
             self.fire(cx);
         }
     }

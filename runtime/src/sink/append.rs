@@ -7,21 +7,17 @@
 //!
 //! Called by the file sinks.
 
-use crate::worker::context::SharedFile;
-use std::cell::RefCell;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
-/// An exactly growing file with a buffer of one step.
+/// An exactly growing file.
 #[derive(Debug)]
 pub struct AppendFile {
     path: PathBuf,
-    file: SharedFile,
+    file: File,
     is_regular: bool,
-    buffer: Vec<u8>,
 }
 
 impl AppendFile {
@@ -47,46 +43,42 @@ impl AppendFile {
             }
             file.set_len(position).map_err(|error| failed("truncate output", error))?;
         }
-        let file = Rc::new(RefCell::new(file));
-        Ok(Self { path: path.into(), file, is_regular, buffer: Vec::new() })
+        Ok(Self { path: path.into(), file, is_regular })
     }
 
-    /// The file, for whoever must see it on disk.
-    pub fn file(&self) -> SharedFile {
-        Rc::clone(&self.file)
-    }
-
-    /// The buffer of the open step.
-    pub fn buffer(&mut self) -> &mut Vec<u8> {
-        &mut self.buffer
-    }
-
-    /// Writes the buffer at `position` and moves it behind.
+    /// Another descriptor of the file, for whoever must see it on disk.
     ///
     /// # Errors
     /// What the system says, as text.
-    pub fn flush(&mut self, position: &mut u64) -> Result<(), String> {
-        let mut file = self.file.borrow_mut();
+    pub fn handle(&self) -> Result<File, String> {
+        let failed = |error| format!("cannot keep {} open: {error}", self.path.display());
+        self.file.try_clone().map_err(failed)
+    }
+
+    /// Writes bytes at `position` and moves it behind.
+    ///
+    /// # Errors
+    /// What the system says, as text.
+    pub fn append(&mut self, bytes: &[u8], position: &mut u64) -> Result<(), String> {
         let done = if self.is_regular {
             // Writing behind a file that was cut short would fill the gap with zeros.
-            match file.metadata() {
+            match self.file.metadata() {
                 Ok(meta) if meta.len() < *position => {
                     return Err(changed(&self.path, meta.len(), *position));
                 }
-                Ok(_) => file.write_all_at(&self.buffer, *position),
+                Ok(_) => self.file.write_all_at(bytes, *position),
                 Err(error) => Err(error),
             }
         } else {
-            file.write_all(&self.buffer)
+            self.file.write_all(bytes)
         };
         done.map_err(|error| format!("cannot write to {}: {error}", self.path.display()))?;
-        *position += self.buffer.len() as u64;
-        self.buffer.clear();
+        *position += bytes.len() as u64;
         Ok(())
     }
 }
 
-fn changed(path: &Path, found: u64, written: u64) -> String {
+pub(super) fn changed(path: &Path, found: u64, written: u64) -> String {
     format!(
         "output {} has {found} bytes where {written} were written: \
          it was changed from outside; run the job again",

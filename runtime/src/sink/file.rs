@@ -1,18 +1,25 @@
-//! File sinks: CSV, JSON lines, or any text; to one file (parallelism 1) or to a folder (a part for
+//! File sinks: CSV, JSON lines, or any text; to one file (parallelism 1) or to a folder (parts for
 //! each subtask).
 //!
 //! An existing output is overwritten: the launching process truncates it, and removes old parts,
-//! before workers start. Exact across kills through [`AppendFile`].
+//! before workers start. Exact across kills through [`AppendFile`]; across crashes of the machine
+//! too, where the job takes checkpoints: a file is then cut back when the job goes on, parts are as
+//! `sink/parts.rs` says.
 //!
 //! Called through [`Sink`].
 
 use super::append::AppendFile;
-use super::{Sink, Writer};
+use super::parts::{self, Parts, Shelf};
+use super::{Cut, Sink, Writer};
+use crate::config::Settings;
 use crate::plan::Output;
 use crate::source::Subtask;
+use crate::worker::context::SharedFiles;
 use serde::Serialize;
+use std::cell::RefCell;
 use std::io::Write;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use testudo_shm::record::Record;
 
@@ -70,6 +77,15 @@ impl<T: Record, R: std::fmt::Display, F: Fn(&T::View) -> R + Send + Sync + 'stat
 /// use testudo::sink::file::{Csv, FileSink};
 /// let to_file = FileSink::new("out.csv", Csv(|n: &u64| (*n, n * n))).header("n,square");
 /// ```
+///
+/// What is in a folder under a name that does not end in `.open` is finished, and may be taken by
+/// readers while the job runs:
+///
+/// ```
+/// # use testudo::sink::file::{Csv, FileSink};
+/// // out/part-000-000000.csv and so on, from a job with --checkpoint-dir and --part-bytes 64MiB
+/// let to_folder = FileSink::folder("out", "csv", Csv(|n: &u64| (*n, n * n)));
+/// ```
 #[derive(Debug)]
 pub struct FileSink<F> {
     path: PathBuf,
@@ -77,31 +93,25 @@ pub struct FileSink<F> {
     header: Option<String>,
     extension: String,
     format: Arc<F>,
+    /// Bytes beyond which a cut closes a part; `None` where there are no cuts.
+    part_bytes: Option<u64>,
 }
 
 impl<F> FileSink<F> {
     /// Writes to the file `path`.
     pub fn new(path: impl Into<PathBuf>, format: F) -> Self {
-        let path = path.into();
-        Self {
-            path,
-            is_folder: false,
-            header: None,
-            extension: String::new(),
-            format: Arc::new(format),
-        }
+        let format = Arc::new(format);
+        let (path, extension) = (path.into(), String::new());
+        Self { path, is_folder: false, header: None, extension, format, part_bytes: None }
     }
 
-    /// Writes to the folder `path`: `part-000.EXTENSION` and so on, one for each subtask.
+    /// Writes to the folder `path`. Without checkpoints: `part-000.EXTENSION` and so on, one for
+    /// each subtask, named so when the job has ended well. With checkpoints: any number of parts
+    /// `part-000-000000.EXTENSION` of about `--part-bytes`, each named so once a complete
+    /// checkpoint holds it. Until then the name ends in `.open`.
     pub fn folder(path: impl Into<PathBuf>, extension: &str, format: F) -> Self {
         let extension = extension.trim_start_matches('.').into();
-        Self {
-            path: path.into(),
-            is_folder: true,
-            header: None,
-            extension,
-            format: Arc::new(format),
-        }
+        Self { is_folder: true, extension, ..Self::new(path, format) }
     }
 
     /// Begins each file with this line.
@@ -110,13 +120,28 @@ impl<F> FileSink<F> {
         self.header = Some(line.into());
         self
     }
+
+    /// Where a subtask's parts are, if cuts end them.
+    fn shelf(&self, subtask: usize) -> Option<Shelf> {
+        let part_bytes = self.part_bytes.filter(|_| self.is_folder)?;
+        let (folder, extension) = (self.path.clone(), self.extension.clone());
+        Some(Shelf { folder, extension, subtask, header: self.header.clone(), part_bytes })
+    }
 }
 
-/// Writes one file.
+/// Writes one file, or the parts of one subtask.
 #[derive(Debug)]
 pub struct FileWriter<F> {
-    file: AppendFile,
+    to: To,
+    /// The lines of the open step.
+    lines: Vec<u8>,
     format: Arc<F>,
+}
+
+#[derive(Debug)]
+enum To {
+    One(AppendFile, SharedFiles),
+    Parts(Parts),
 }
 
 /// How far a file is written.
@@ -133,25 +158,66 @@ pub struct FileWriter<F> {
 pub struct Written {
     /// Bytes that are complete.
     pub bytes: u64,
+    /// The number of the part that they are in.
+    pub part: u64,
 }
 
 impl<T: Record, F: Format<T>> Sink<T> for FileSink<F> {
     type Position = Written;
     type Writer = FileWriter<F>;
 
-    fn start(&self, _subtask: Subtask) -> Written {
+    fn configure(&mut self, settings: &Settings) {
+        self.part_bytes = settings.checkpoint_dir.is_some().then_some(settings.part_bytes);
+    }
+
+    fn start(&self, subtask: Subtask) -> Written {
+        if self.shelf(subtask.index).is_some() {
+            return Written { bytes: 0, part: 0 };
+        }
         // The launching process has written the header.
-        Written { bytes: self.header.as_ref().map_or(0, |header| header.len() as u64 + 1) }
+        let bytes = self.header.as_ref().map_or(0, |header| header.len() as u64 + 1);
+        Written { bytes, part: 0 }
+    }
+
+    /// Parts of before have lower numbers: a part is numbered after a cut of its own run.
+    fn join(&self, subtask: Subtask, epoch: u64) -> Written {
+        match self.shelf(subtask.index) {
+            Some(_) => Written { bytes: 0, part: epoch },
+            None => Sink::<T>::start(self, subtask),
+        }
     }
 
     fn open(&self, subtask: Subtask, from: &Written) -> Result<FileWriter<F>, String> {
+        let (lines, format) = (Vec::new(), Arc::clone(&self.format));
+        if let Some(shelf) = self.shelf(subtask.index) {
+            return Ok(FileWriter { to: To::Parts(Parts::open(shelf, from)?), lines, format });
+        }
         let path = if self.is_folder {
-            self.path.join(crate::supervisor::outputs::part_name(subtask.index, &self.extension))
+            let name = parts::name(subtask.index, None, &self.extension);
+            self.path.join(name + parts::OPEN)
         } else {
             self.path.clone()
         };
         let file = AppendFile::open(&path, from.bytes)?;
-        Ok(FileWriter { file, format: Arc::clone(&self.format) })
+        let files = Rc::new(RefCell::new(vec![file.handle()?]));
+        Ok(FileWriter { to: To::One(file, files), lines, format })
+    }
+
+    fn settle(&self, subtask: Subtask, position: &Written, epoch: u64) -> Result<(), String> {
+        match self.shelf(subtask.index) {
+            Some(shelf) if self.path.exists() => Parts::open(shelf, position)?.end(epoch),
+            // A file has one writer, which takes back what is beyond its position.
+            _ => Ok(()),
+        }
+    }
+
+    fn withdraw(&self, from: usize, epoch: u64) -> Result<(), String> {
+        if self.shelf(0).is_none() {
+            return Ok(());
+        }
+        let all = parts::list(&self.path, &self.extension)?.into_iter();
+        let mut beyond = all.filter(|part| part.subtask >= from && part.number >= epoch);
+        beyond.try_for_each(|part| parts::remove(&part.path))
     }
 
     fn parallelism(&self) -> Option<usize> {
@@ -169,14 +235,36 @@ impl<T: Record, F: Format<T>> Sink<T> for FileSink<F> {
 
 impl<T: Record, F: Format<T>> Writer<T, Written> for FileWriter<F> {
     fn write(&mut self, record: &T::View) -> Result<(), String> {
-        self.format.line(record, self.file.buffer())
+        self.format.line(record, &mut self.lines)
     }
 
     fn flush(&mut self, position: &mut Written) -> Result<(), String> {
-        self.file.flush(&mut position.bytes)
+        match &mut self.to {
+            To::One(file, _) => file.append(&self.lines, &mut position.bytes)?,
+            To::Parts(parts) => parts.append(&self.lines, position)?,
+        }
+        self.lines.clear();
+        Ok(())
     }
 
-    fn file(&self) -> Option<crate::worker::context::SharedFile> {
-        Some(self.file.file())
+    fn files(&self) -> Option<SharedFiles> {
+        match &self.to {
+            To::One(_, files) => Some(Rc::clone(files)),
+            To::Parts(parts) => Some(parts.files()),
+        }
+    }
+
+    fn prepare(&mut self, cut: Cut, position: &mut Written) -> Result<(), String> {
+        if let To::Parts(parts) = &mut self.to {
+            parts.close(cut.epoch, cut.is_last, position);
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, epoch: u64) -> Result<(), String> {
+        match &mut self.to {
+            To::One(..) => Ok(()),
+            To::Parts(parts) => parts.commit(epoch),
+        }
     }
 }

@@ -218,6 +218,27 @@ impl Checkpointer {
         })
     }
 
+    /// Tells workers which cuts are good already: those of the checkpoint that the job goes on
+    /// from, which sinks commit once more.
+    pub(crate) fn announce(&self, plan: &Plan, scene: &Scene, resumed: Option<&Resumed>) {
+        let last = resumed.map_or(0, |resumed| resumed.restore.last_epoch());
+        for region in 0..plan.regions.count() {
+            let mut tasks = plan.regions.tasks(region).iter();
+            let own = tasks.next().and_then(|worker| self.good[*worker].as_ref());
+            let epoch = own.map_or(last, |good| good.epoch);
+            scene.control_header.regions[region].good.store(epoch, Ordering::Release);
+        }
+    }
+
+    /// Whether all sinks have committed what complete checkpoints hold.
+    pub(crate) fn sinks_have_committed(&self, plan: &Plan, scene: &Scene) -> bool {
+        scene.workers.iter().enumerate().all(|(worker, header)| {
+            let words = &scene.control_header.regions[plan.regions.of_task(worker)];
+            let good = words.good.load(Ordering::Acquire);
+            header.cut.committed.load(Ordering::Acquire) >= good
+        })
+    }
+
     /// What became of the latest checkpoints.
     pub(crate) fn history(&self) -> &History {
         self.coordinator.history()
@@ -435,6 +456,8 @@ impl Checkpointer {
                 self.good[worker] = self.snapshot(worker, part.epoch).cloned();
             }
         }
+        // Sinks commit: also those of workers that have nothing else to do.
+        scene.wake_workers();
         let mut restoring = scene.workers.iter().map(|worker| &worker.restoring);
         if restoring.all(|restoring| restoring.load(Ordering::Acquire) == 0) {
             self.resumed.clear();

@@ -236,6 +236,9 @@ impl Launch {
         let checkpointer = store
             .map(|store| Checkpointer::new(&plan, &self.settings, store, chosen, job_id, events))
             .transpose()?;
+        if let Some(checkpointer) = &checkpointer {
+            checkpointer.announce(&plan, &scene, chosen);
+        }
         let begun = std::time::Instant::now();
         let crew = Crew::start(&plan, &self.settings, &scene, &watch, Spawner::new(), self.entry)?;
         started(View { workers: scene.workers.clone() });
@@ -247,6 +250,7 @@ impl Launch {
         running.crew.end(result.is_err());
         let console_failed = console.has_failed();
         let console = console.join(result.is_err());
+        let ended = if result.is_ok() && console.is_ok() { outputs.end(&plan) } else { Ok(()) };
         drop(outputs);
         // The console's own error says what happened; the other one then only that it did.
         if !console_failed {
@@ -256,6 +260,7 @@ impl Launch {
             console?;
             result?;
         }
+        ended?;
         let restarts = std::mem::take(&mut running.crew.restarts);
         let report = Report::new(&plan, settings, scene, restarts, begun.elapsed());
         Ok(report.with_checkpoints(running.checkpointer.as_ref().map(Checkpointer::history)))
@@ -279,16 +284,19 @@ impl Launch {
             // State by key group goes on in as many groups as there were.
             self.settings.key_groups = chosen.manifest.groups as usize;
         }
-        if chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished) {
-            return Ok(None);
-        }
         let (flow, plan) = self.plan(build)?;
+        let is_over = chosen.as_ref().is_some_and(|chosen| chosen.manifest.finished);
         let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
         let is_lazy = chosen.is_some() && can_load_lazily();
         let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
-        let outputs = Outputs::claim(&plan)?;
+        let outputs = Outputs::claim(&plan, store.is_some())?;
+        let sinks = std::mem::take(&mut flow.draft.borrow_mut().sinks);
         match (&store, &chosen) {
-            (_, Some(chosen)) => Outputs::go_on(&plan, chosen)?,
+            (_, Some(chosen)) if is_over => {
+                Outputs::end_again(&plan, &sinks, chosen)?;
+                return Ok(None);
+            }
+            (_, Some(chosen)) => Outputs::go_on(&plan, &sinks, chosen)?,
             (Some(store), None) => {
                 // Before outputs are emptied: a crash must not go on with what they had.
                 let reset = store.ask(move |store| store.reset(job_id))?;
@@ -615,13 +623,12 @@ impl Play<'_> {
     }
 
     /// All input is processed: the last checkpoint says so, unless the job was drained before the
-    /// end of its input.
+    /// end of its input. What complete checkpoints hold is shown before anybody leaves.
     fn has_said_so(&mut self, events: &Events) -> bool {
         let is_drained = events.signals.load(Ordering::Acquire) > 0;
-        match &mut self.checkpointer {
-            Some(checkpointer) if !is_drained => checkpointer.finish(self.plan, self.scene),
-            _ => true,
-        }
+        let Some(checkpointer) = &mut self.checkpointer else { return true };
+        let is_said = is_drained || checkpointer.finish(self.plan, self.scene);
+        is_said && checkpointer.sinks_have_committed(self.plan, self.scene)
     }
 }
 

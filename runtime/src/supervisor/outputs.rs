@@ -1,13 +1,16 @@
 //! Outputs: one job per file or folder. Claimed with a lock that the workers inherit, so that it is
-//! held until the last process that could write is gone; then emptied.
+//! held until the last process that could write is gone; then emptied, or brought to where the
+//! checkpoint knows them.
 //!
-//! Called by `launch` before any worker starts.
+//! Called by `launch` before any worker starts, and when the job has ended well.
 
 #![expect(unsafe_code, reason = "flock; an inherited descriptor")]
 
 use super::resume::Resumed;
 use crate::error::Error;
 use crate::plan::{Output, Plan};
+use crate::sink::{SinkHooks, parts};
+use crate::source::Subtask;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -27,11 +30,13 @@ pub(crate) struct Outputs {
     _locks: Vec<File>,
     /// For each output of the plan, whether it is a regular file.
     is_regular: Vec<bool>,
+    /// Folders get their parts from the cuts of the job.
+    by_cuts: bool,
 }
 
 impl Outputs {
     /// Claims all outputs of a plan. A job that is refused has touched none of them.
-    pub(crate) fn claim(plan: &Plan) -> Result<Self, Error> {
+    pub(crate) fn claim(plan: &Plan, by_cuts: bool) -> Result<Self, Error> {
         let mut locks = Vec::new();
         let mut claimed: Vec<Claimed<'_>> = Vec::new();
         for (output, operator) in &plan.outputs {
@@ -59,49 +64,93 @@ impl Outputs {
             claimed.push(Claimed { output, operator: *operator, inode });
         }
         let is_regular = claimed.into_iter().map(|claimed| claimed.inode.is_some()).collect();
-        Ok(Self { _locks: locks, is_regular })
+        Ok(Self { _locks: locks, is_regular, by_cuts })
     }
 
     /// Empties all outputs: the job begins.
     pub(crate) fn empty(&self, plan: &Plan) -> Result<(), Error> {
         for ((output, operator), is_regular) in plan.outputs.iter().zip(&self.is_regular) {
             let stage = plan.operators[*operator].stage;
-            empty(output, plan.stages[stage].workers.len(), *is_regular)?;
+            let parts = if self.by_cuts { 0 } else { plan.stages[stage].workers.len() };
+            empty(output, parts, *is_regular)?;
         }
         Ok(())
     }
 
-    /// The job goes on, with other numbers of subtasks perhaps. Parts of subtasks that there are no
-    /// more end where the checkpoint knows them; parts of new ones begin. (Those that go on are cut
-    /// back by the workers that write them.)
-    pub(crate) fn go_on(plan: &Plan, resumed: &Resumed) -> Result<(), Error> {
-        for (output, operator) in &plan.outputs {
+    /// The job goes on, with other numbers of subtasks perhaps. What subtasks have left that there
+    /// are no more ends where the checkpoint knows it; what the checkpoint does not know is taken
+    /// back; sinks that are new begin with an empty output. (Those that go on are brought back by
+    /// the workers that write them.)
+    pub(crate) fn go_on(plan: &Plan, sinks: &[SinkHooks], resumed: &Resumed) -> Result<(), Error> {
+        for sink in sinks {
+            let count = plan.stages[sink.stage].workers.len();
+            let was = resumed.restore.subtasks(sink.stage).unwrap_or(0);
+            if resumed.sink_position(plan, sink, 0).is_none() {
+                let own = plan.outputs.iter().filter(|(_, operator)| *operator == sink.operator);
+                own.into_iter().try_for_each(|(output, _)| empty(output, 0, is_file(output)))?;
+                continue;
+            }
+            Self::settle(plan, sink, resumed, count..was)?;
+            let from = count.max(was);
+            (sink.withdraw)(from, resumed.restore.last_epoch())
+                .map_err(|message| Error::job(&plan.operators[sink.operator].name, message))?;
+        }
+        Ok(())
+    }
+
+    /// The job had come to its end: what its sinks had prepared is shown, if it was not.
+    pub(crate) fn end_again(
+        plan: &Plan,
+        sinks: &[SinkHooks],
+        resumed: &Resumed,
+    ) -> Result<(), Error> {
+        for sink in sinks {
+            let was = resumed.restore.subtasks(sink.stage).unwrap_or(0);
+            Self::settle(plan, sink, resumed, 0..was)?;
+        }
+        Ok(())
+    }
+
+    fn settle(
+        plan: &Plan,
+        sink: &SinkHooks,
+        resumed: &Resumed,
+        subtasks: std::ops::Range<usize>,
+    ) -> Result<(), Error> {
+        let count = resumed.restore.subtasks(sink.stage).unwrap_or(0);
+        for index in subtasks {
+            let Some((position, epoch)) = resumed.sink_position(plan, sink, index) else {
+                continue;
+            };
+            (sink.settle)(Subtask { index, count }, position, epoch)
+                .map_err(|message| Error::job(&plan.operators[sink.operator].name, message))?;
+        }
+        Ok(())
+    }
+
+    /// The job has ended well: parts that no cut has ended are complete now.
+    pub(crate) fn end(&self, plan: &Plan) -> Result<(), Error> {
+        for (output, operator) in plan.outputs.iter().filter(|_| !self.by_cuts) {
             let Some(extension) = &output.parts else { continue };
             let stage = plan.operators[*operator].stage;
-            let was = resumed.restore.subtasks(stage).unwrap_or(0);
-            let count = plan.stages[stage].workers.len();
-            let part = |subtask| output.path.join(part_name(subtask, extension));
-            for subtask in was..count {
-                begin(&part(subtask), output.header.as_deref())?;
-            }
-            for subtask in count..was {
-                let path = part(subtask);
-                let Some(end) = resumed.position(plan, *operator, subtask) else { continue };
-                let file = OpenOptions::new().write(true).open(&path);
-                let file = file.map_err(|error| refuse(&path, &error))?;
-                let found = file.metadata().map_err(|error| refuse(&path, &error))?.len();
-                if found < end {
-                    return Err(Error::Checkpoint(format!(
-                        "output {} has {found} bytes where {end} were written: \
-                         it was changed from outside; begin the job again without --resume",
-                        path.display()
-                    )));
-                }
-                file.set_len(end).map_err(|error| refuse(&path, &error))?;
+            for subtask in 0..plan.stages[stage].workers.len() {
+                let path = output.path.join(parts::name(subtask, None, extension));
+                parts::rename(&open_name(&path), &path).map_err(Error::Machine)?;
             }
         }
         Ok(())
     }
+}
+
+/// What a part is called while it is written.
+fn open_name(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(parts::OPEN);
+    name.into()
+}
+
+fn is_file(output: &Output) -> bool {
+    std::fs::metadata(&output.path).is_ok_and(|meta| meta.is_file())
 }
 
 /// Makes an empty output with its header.
@@ -226,10 +275,6 @@ fn files(output: &Output, parts: usize) -> Result<Vec<PathBuf>, Error> {
             std::fs::remove_file(entry.path()).map_err(|error| refuse(&entry.path(), &error))?;
         }
     }
-    Ok((0..parts).map(|part| output.path.join(part_name(part, extension))).collect())
-}
-
-/// The name of a part.
-pub(crate) fn part_name(part: usize, extension: &str) -> String {
-    format!("part-{part:03}.{extension}")
+    let name = |part| open_name(&output.path.join(parts::name(part, None, extension)));
+    Ok((0..parts).map(name).collect())
 }

@@ -12,6 +12,7 @@ use crate::checkpoint::notes::{Edge, Notes, Part, Shape};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::{Grouping, Plan};
+use crate::sink::SinkHooks;
 use crate::worker::restore::{OldWorker, Restore};
 use std::collections::HashMap;
 use std::path::Path;
@@ -140,16 +141,14 @@ fn open_named(store: &mut Store, name: &str) -> Result<Chosen, Error> {
 fn open(store: &mut Store, manifest: Manifest) -> Result<Chosen, Error> {
     let folder = store.folder().to_owned();
     let mut old = Vec::new();
-    if !manifest.finished {
-        for region in &manifest.regions {
-            for file in &region.workers {
-                let worker = file.worker as usize;
-                let chain = Arc::new(store.chain_end(&file.file)?);
-                let (disk, pool) = store.disk();
-                let OldWorker { notes, cells, .. } =
-                    OldWorker::read(worker, chain, disk, pool, &folder)?;
-                old.push(Old { worker, notes, cells });
-            }
+    for region in &manifest.regions {
+        for file in &region.workers {
+            let worker = file.worker as usize;
+            let chain = Arc::new(store.chain_end(&file.file)?);
+            let (disk, pool) = store.disk();
+            let OldWorker { notes, cells, .. } =
+                OldWorker::read(worker, chain, disk, pool, &folder)?;
+            old.push(Old { worker, notes, cells });
         }
     }
     Ok(Chosen { manifest, old })
@@ -187,13 +186,18 @@ impl Chosen {
 }
 
 impl Resumed {
-    /// How far a subtask's sink had written: the first eight bytes of its position.
-    pub(crate) fn position(&self, plan: &Plan, operator: usize, subtask: usize) -> Option<u64> {
-        let sink = &plan.operators[operator];
+    /// The position that a subtask of a sink had, and the cut at which it had it.
+    pub(crate) fn sink_position(
+        &self,
+        plan: &Plan,
+        sink: &SinkHooks,
+        subtask: usize,
+    ) -> Option<(&[u8], u64)> {
         let worker = self.restore.worker_of(sink.stage, subtask)?;
         let old = self.old.iter().find(|old| old.worker == worker)?;
-        let cell = old.cells.get(&name_hash(&format!("{}/position", sink.uid())))?;
-        Some(u64::from_le_bytes(cell.get(..8)?.try_into().ok()?))
+        let uid = plan.operators[sink.operator].uid();
+        let cell = old.cells.get(&name_hash(&format!("{uid}/position")))?;
+        Some((cell, self.restore.epoch_of(worker)?))
     }
 }
 

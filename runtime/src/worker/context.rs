@@ -10,6 +10,7 @@
 //! Called by every operator; driven by `step`.
 
 use crate::error::Error;
+use crate::sink::AtCut;
 use std::cell::RefCell;
 use std::fs::File;
 use std::rc::Rc;
@@ -19,8 +20,8 @@ use testudo_shm::producer::Producer;
 use testudo_shm::record::Scratch;
 use testudo_shm::txn::{Place, Txn};
 
-/// A file that a sink writes, shared with the cut that syncs it.
-pub type SharedFile = Rc<RefCell<File>>;
+/// The files that a sink writes at the moment, shared with the cut that syncs them.
+pub type SharedFiles = Rc<RefCell<Vec<File>>>;
 
 /// Records that one ring may give in one step, so that no channel starves the others.
 pub(crate) const TURN: usize = 2048;
@@ -122,7 +123,9 @@ pub struct Cx {
     pub(crate) part: usize,
     pub(crate) ended_parts: Vec<bool>,
     /// The files that this worker's sinks write to.
-    pub(crate) outputs: Vec<SharedFile>,
+    pub(crate) outputs: Vec<SharedFiles>,
+    /// This worker's sinks, for its cuts.
+    pub(crate) sinks: Vec<Rc<dyn AtCut>>,
     /// Latest watermark that an event-time operator or an inlet noted: for people, not for
     /// decisions.
     pub(crate) watermark: i64,
@@ -143,6 +146,7 @@ impl Cx {
             ended_parts: Vec::new(),
             outputs: Vec::new(),
             turn: FIRST_TURN,
+            sinks: Vec::new(),
             validate,
             watermark: 0,
             scratch: Vec::new(),

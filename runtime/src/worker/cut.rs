@@ -9,6 +9,8 @@
 //! ```
 //!
 //! Invariants:
+//! - sinks prepare before the cells are taken, and commit once a complete checkpoint holds the
+//!   cut;
 //! - the epoch is loaded after the tails of the same step (R5), and the snapshot is the step's
 //!   first act: nothing that was sent after the sender's cut was taken before ours;
 //! - nobody waits for this worker, and it waits for no other: what a death leaves open fails;
@@ -20,6 +22,7 @@
 use super::context::{Cx, InRing, Origin};
 use super::save::{Saved, Saver};
 use crate::checkpoint::notes::{self, Flight, Notes, Part, Shape, Spilled};
+use crate::sink::Cut;
 use crate::testing::{Point, point};
 use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
@@ -234,6 +237,8 @@ pub(crate) struct Cutter {
     saver: Saver,
     /// The latest cut that this worker has taken part in, or joined the job at.
     epoch: u64,
+    /// The cut up to which this worker's sinks have committed.
+    committed: u64,
     /// What it took is not settled yet.
     unsettled: bool,
     ledger: Ledger,
@@ -256,7 +261,8 @@ impl Cutter {
         txn.with_tracker(|tracker| tracker.count_from(first));
         let epoch = region.epoch.load(Ordering::Acquire);
         words.joined.store(epoch, Ordering::Release);
-        Self { plan, region, words, saver, epoch, unsettled: false, ledger, open: None }
+        let (committed, unsettled) = (0, false);
+        Self { plan, region, words, saver, epoch, committed, unsettled, ledger, open: None }
     }
 
     /// Whether a cut of this worker is open: the worker then must not sleep for long.
@@ -269,17 +275,47 @@ impl Cutter {
         self.saver.wait(std::time::Duration::from_micros(50));
     }
 
-    /// At a step's boundary, after the tails were looked at: begins a cut if there is a new one.
+    /// Whether something waits for this worker's next step: it then must not sleep.
+    pub(crate) fn is_called(&self) -> bool {
+        let load = |word: &testudo_shm::primitive::AtomicU64| word.load(Ordering::Acquire);
+        load(&self.region.epoch) != self.epoch || load(&self.region.good) != self.committed
+    }
+
+    /// At a step's boundary, after the tails were looked at: lets sinks commit if a checkpoint has
+    /// become complete, and begins a cut if there is a new one. True when sinks have committed.
     #[inline]
-    pub(crate) fn boundary(&mut self, cx: &mut Cx) {
+    pub(crate) fn boundary(&mut self, cx: &mut Cx, is_done: impl Fn(&Cx) -> bool) -> bool {
+        let good = self.region.good.load(Ordering::Acquire);
+        let commits = good != self.committed;
+        if commits {
+            self.commit(cx, good);
+        }
         let epoch = self.region.epoch.load(Ordering::Acquire);
-        if epoch != self.epoch {
-            self.begin(cx, epoch);
+        if epoch != self.epoch && cx.failure.is_none() {
+            let is_last = is_done(cx);
+            self.begin(cx, Cut { epoch, is_last });
+        }
+        commits
+    }
+
+    /// A complete checkpoint holds the cut `good`. Outside of the step's transaction: a successor
+    /// does it again (R13).
+    #[cold]
+    fn commit(&mut self, cx: &mut Cx, good: u64) {
+        point(Point::Committing);
+        let sinks = std::mem::take(&mut cx.sinks);
+        sinks.iter().for_each(|sink| sink.commit(cx, good));
+        cx.sinks = sinks;
+        if cx.failure.is_none() {
+            point(Point::SinksCommitted);
+            self.committed = good;
+            self.words.committed.store(good, Ordering::Release);
         }
     }
 
     #[cold]
-    fn begin(&mut self, cx: &mut Cx, epoch: u64) {
+    fn begin(&mut self, cx: &mut Cx, cut: Cut) {
+        let epoch = cut.epoch;
         if self.open.is_some() {
             // The coordinator has given the last one up, and its file is not closed yet. This one
             // cannot begin later instead: what others send after theirs would be taken before ours.
@@ -291,6 +327,11 @@ impl Cutter {
         let begun_cpu = thread_ns();
         self.settle(&mut cx.txn);
         self.epoch = epoch;
+        // Before the cells are taken: positions of sinks may move.
+        let sinks = std::mem::take(&mut cx.sinks);
+        sinks.iter().for_each(|sink| sink.prepare(cx, cut));
+        cx.sinks = sinks;
+        point(Point::SinksPrepared);
         for out in &mut cx.out_rings {
             out.ring.note_cut(epoch);
         }
@@ -695,5 +736,11 @@ fn extent(txn: &Txn, held: &Held) -> (u64, u64) {
 
 /// Descriptors of all outputs of this worker, to be synced before a cut is acknowledged (R13).
 fn outputs(cx: &Cx) -> Vec<OwnedFd> {
-    cx.outputs.iter().filter_map(|file| file.borrow().try_clone().ok()).map(OwnedFd::from).collect()
+    let mut fds = Vec::new();
+    for files in &cx.outputs {
+        fds.extend(
+            files.borrow().iter().filter_map(|file| file.try_clone().ok()).map(OwnedFd::from),
+        );
+    }
+    fds
 }

@@ -20,7 +20,7 @@ use std::rc::Rc;
 use testudo_shm::hash::name_hash;
 use testudo_shm::txn::{Place, Plain, Txn};
 use testudo_shm::zerocopy::{FromBytes, IntoBytes};
-use testudo_state::checkpoint::SegmentKey;
+use testudo_state::checkpoint::{RegionName, SegmentKey};
 use testudo_state::disk::BLOCK;
 use testudo_state::{Gauge, Groups, StateError};
 
@@ -34,6 +34,20 @@ impl Restore {
     pub(crate) fn worker_of(&self, stage: usize, subtask: usize) -> Option<usize> {
         let (_, workers) = self.stages.get(stage)?.as_ref()?;
         workers.get(subtask).copied()
+    }
+}
+
+impl Restore {
+    /// The cut that the checkpoint holds of an old worker.
+    pub(crate) fn epoch_of(&self, worker: usize) -> Option<u64> {
+        let (_, file) = self.files.iter().find(|(of, _)| *of == worker)?;
+        RegionName::parse(&file.name).map(|name| name.epoch)
+    }
+
+    /// The last cut of any worker in the checkpoint.
+    pub(crate) fn last_epoch(&self) -> u64 {
+        let files = self.files.iter();
+        files.filter_map(|(worker, _)| self.epoch_of(*worker)).max().unwrap_or(0)
     }
 }
 
@@ -80,6 +94,23 @@ impl Attach {
         }
         let bytes = restored.cell_of(stage, index, name_hash(name));
         bytes.and_then(|bytes| T::read_from_bytes(bytes).ok()).unwrap_or(initial)
+    }
+
+    /// The cut that the job goes on from, for this worker's subtask of a stage; `None` when it has
+    /// gone on already, or begins.
+    pub(crate) fn resumed_at(&self, stage: usize) -> Option<u64> {
+        let restored = self.restored.as_ref().filter(|_| self.is_first)?;
+        let (plan, index) = (&restored.plan, self.subtask(stage).index);
+        let own = plan.worker_of(stage, index).and_then(|worker| plan.epoch_of(worker));
+        Some(own.unwrap_or_else(|| plan.last_epoch()))
+    }
+
+    /// The last cut before this worker's subtask of a stage joined; `None` when it was there.
+    pub(crate) fn joined_at(&self, stage: usize) -> Option<u64> {
+        let plan = &self.reshaped()?.plan;
+        let index = self.subtask(stage).index;
+        let is_new = plan.subtasks(stage).is_none_or(|count| index >= count);
+        is_new.then(|| plan.last_epoch())
     }
 
     /// The watermark of a stage or, where one is given, of its end of an edge.

@@ -15,7 +15,7 @@
 
 use super::StageRef;
 use super::attach::Worker;
-use super::context::TURN;
+use super::context::{Cx, TURN};
 use super::cut::Cutter;
 use super::entry::EXIT_FAILED;
 use super::idle::{Waiter, wake_sleepers};
@@ -88,7 +88,11 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> 
         }
         let due = stages.iter().filter_map(|stage| stage.borrow().wake_ns()).min();
         let (header, control) = (worker.header, worker.control);
-        let changed = || control.control.load(Ordering::Acquire) != word;
+        let cutter = &worker.cutter;
+        let changed = || {
+            let is_called = cutter.as_ref().is_some_and(Cutter::is_called);
+            is_called || control.control.load(Ordering::Acquire) != word
+        };
         waiter.wait(&mut worker.cx, &worker.peers, &header.sleeping, worker.event, due, changed);
     }
 }
@@ -105,7 +109,13 @@ fn step(worker: &mut Worker, stages: &[StageRef], touched: &mut Vec<usize>) -> u
     cx.look();
     // R5: epoch and control word after the tails; nothing is loaded again within the step.
     if let Some(cutter) = &mut worker.cutter {
-        cutter.boundary(cx);
+        let is_done = |cx: &Cx| stages.iter().all(|stage| stage.borrow().is_done(cx));
+        if cutter.boundary(cx, is_done) {
+            wait::wake_event(worker.notice);
+        }
+        if cx.failure.is_some() {
+            return 1;
+        }
     }
     let word = worker.control.control.load(Ordering::Acquire);
     cx.draining = word & control::DRAIN != 0;
