@@ -78,9 +78,8 @@ impl Outputs {
             for subtask in was..count {
                 begin(&part(subtask), output.header.as_deref())?;
             }
-            for subtask in count..was {
+            for (subtask, &end) in ends.iter().enumerate().skip(count) {
                 let path = part(subtask);
-                let end = ends[subtask];
                 let file = OpenOptions::new().write(true).open(&path);
                 let file = file.map_err(|error| refuse(&path, &error))?;
                 let found = file.metadata().map_err(|error| refuse(&path, &error))?.len();

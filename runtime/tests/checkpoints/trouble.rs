@@ -293,7 +293,7 @@ pub fn a_second_job_on_a_folder_is_refused() {
     let mut life = scene.life(1, 8_000).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 1), "the job was too short");
     let other = scene.folder.path().join("other");
-    let parameters = Asked::text(1000, 0, &[other.clone()]);
+    let parameters = Asked::text(1000, 0, std::slice::from_ref(&other));
     let ended = scene.life_as("ordered", &parameters, 1).run();
     assert_eq!(ended.code, Some(6), "{}", ended.err);
     assert!(ended.err.contains(&format!("in use by process {}", life.pid())), "{}", ended.err);
