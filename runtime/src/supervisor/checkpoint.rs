@@ -514,7 +514,7 @@ impl Checkpointer {
 
     /// Begins a checkpoint that was asked for; its number.
     pub(crate) fn take(&mut self, kind: Kind, plan: &Plan, scene: &Scene) -> Result<u64, String> {
-        if self.is_last {
+        if self.is_last || self.is_draining {
             return Err("the job is coming to its end".into());
         }
         let now = now();

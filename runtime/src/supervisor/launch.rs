@@ -291,6 +291,11 @@ impl Launch {
         let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
         let outputs = Outputs::claim(&plan, store.is_some())?;
         let sinks = std::mem::take(&mut flow.draft.borrow_mut().sinks);
+        if let (Some(store), Some(past)) = (&store, chosen.as_ref().and_then(|c| c.past.clone())) {
+            // Nothing was changed before; from here on the newer checkpoint must not count.
+            let adopted = store.ask(move |store| store.adopt(&past))?;
+            adopted.map_err(|error| Error::Checkpoint(error.to_string()))?;
+        }
         match (&store, &chosen) {
             (_, Some(chosen)) if is_over => {
                 Outputs::end_again(&plan, &sinks, chosen)?;

@@ -31,6 +31,9 @@ pub(crate) struct Old {
 /// A checkpoint that was chosen.
 #[derive(Debug)]
 pub(crate) struct Chosen {
+    /// Its manifest's file, where the folder has a newer checkpoint: that must not be found again
+    /// once outputs are taken back to this one.
+    pub(crate) past: Option<String>,
     pub(crate) manifest: Manifest,
     pub(crate) old: Vec<Old>,
 }
@@ -38,6 +41,8 @@ pub(crate) struct Chosen {
 /// A checkpoint that fits the plan.
 #[derive(Debug)]
 pub(crate) struct Resumed {
+    /// See [`Chosen`].
+    pub(crate) past: Option<String>,
     pub(crate) restore: Restore,
     pub(crate) old: Vec<Old>,
 }
@@ -80,11 +85,10 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
                     eprintln!("testudo: {damage}");
                 }
                 if !damages.is_empty() {
-                    // A crash must not find the other one again when outputs are back here.
-                    store.adopt(&candidate.name).map_err(failed)?;
                     eprintln!("testudo: going on from checkpoint {} instead", manifest.id);
                 }
-                return Ok(Some(chosen));
+                let past = (!damages.is_empty()).then_some(candidate.name);
+                return Ok(Some(Chosen { past, ..chosen }));
             }
             Err(error) => damages.push(error.to_string()),
         }
@@ -100,7 +104,6 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
 }
 
 fn open_named(store: &mut Store, name: &str) -> Result<Chosen, Error> {
-    let failed = |error: StoreError| Error::Checkpoint(error.to_string());
     let names = match name.parse::<u64>() {
         Ok(id) => {
             [false, true].map(|savepoint| ManifestName { id, savepoint }.to_string()).to_vec()
@@ -128,13 +131,10 @@ fn open_named(store: &mut Store, name: &str) -> Result<Chosen, Error> {
             folder.display()
         )));
     };
-    store.adopt(found).map_err(failed)?;
-    let candidates = store.candidates().map_err(failed)?;
-    let found = candidates.into_iter().find(|candidate| &candidate.name == found);
-    let manifest = found
-        .and_then(|candidate| candidate.manifest)
-        .ok_or_else(|| Error::Checkpoint(format!("checkpoint {name} cannot be read")))?;
-    open(store, manifest)
+    let (disk, pool) = store.disk();
+    let manifest = Manifest::read(disk, pool, &folder, found)?;
+    let chosen = open(store, manifest)?;
+    Ok(Chosen { past: Some(found.clone()), ..chosen })
 }
 
 /// Reads what all workers have noted.
@@ -151,7 +151,7 @@ fn open(store: &mut Store, manifest: Manifest) -> Result<Chosen, Error> {
             old.push(Old { worker, notes, cells });
         }
     }
-    Ok(Chosen { manifest, old })
+    Ok(Chosen { past: None, manifest, old })
 }
 
 impl Chosen {
@@ -162,7 +162,7 @@ impl Chosen {
         settings: &Settings,
         lazy: bool,
     ) -> Result<Resumed, Error> {
-        let Self { manifest, old } = self;
+        let Self { past, manifest, old } = self;
         self::check(&manifest, plan, settings)?;
         let shape = plan.shape();
         let same_shape = manifest.workers as usize == plan.workers
@@ -181,7 +181,7 @@ impl Chosen {
             edges,
             parts: deal_parts(&old, plan, same_shape),
         };
-        Ok(Resumed { restore, old })
+        Ok(Resumed { past, restore, old })
     }
 }
 

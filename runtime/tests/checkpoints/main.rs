@@ -82,8 +82,8 @@ type Lives = &'static [usize];
 const SAME: [Lives; 3] = [&[1, 1, 1], &[2, 2, 2, 2], &[3, 3, 3]];
 const OTHERS: [Lives; 3] = [&[2, 1], &[2, 3], &[3, 1, 2]];
 
-/// No subtask that had a part comes back.
-const OTHERS_OF_FOLDERS: [Lives; 3] = [&[2, 1], &[2, 3], &[1, 2, 3]];
+/// Among them one in which a subtask that had a part comes back.
+const OTHERS_OF_FOLDERS: [Lives; 3] = [&[2, 1], &[3, 1, 2], &[1, 2, 3]];
 
 /// Goes through lives that are killed, and one that ends.
 fn live(scene: &mut Scene, lives: Lives, pace: u64) {

@@ -293,7 +293,7 @@ pub fn a_second_job_on_a_folder_is_refused() {
     let mut life = scene.life(1, 8_000).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 1), "the job was too short");
     let other = scene.folder.path().join("other");
-    let parameters = Asked::text(1000, 0, &[other.clone()]);
+    let parameters = Asked::text(1000, 0, std::slice::from_ref(&other));
     let ended = scene.life_as("ordered", &parameters, 1).run();
     assert_eq!(ended.code, Some(6), "{}", ended.err);
     assert!(ended.err.contains(&format!("in use by process {}", life.pid())), "{}", ended.err);
@@ -366,10 +366,10 @@ pub fn a_job_that_begins_again_does_not_go_back_to_an_older_run() {
 
 /// Many checkpoints, in two lives: the folder holds what two of them need, no more.
 pub fn a_folder_does_not_grow_without_bound() {
-    let mut scene = Scene::new("ordered", 100_000, 1, 20);
+    let mut scene = Scene::new("ordered", 300_000, 1, 20);
     let args = ["--checkpoint-interval", "1ms", "--rate", "10000"];
     scene.args = args.map(str::to_owned).to_vec();
-    let (many, mut most) = (deep(100, 50), (0, 0));
+    let (many, mut most) = (deep(100, 30), (0, 0));
     for _ in 0..2 {
         let before = scene.newest();
         let mut life = scene.resumed_without_interval(2, 0).start();
