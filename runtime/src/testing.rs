@@ -2,8 +2,9 @@
 //! die by SIGKILL.
 //!
 //! Armed through the environment of the job (`TESTUDO_KILL_AT=worker:point:times:skip`, and `:1` if
-//! its whole process group is to die); otherwise each costs one load of a constant flag and a branch. Deaths are counted in the worker's
-//! incarnation, so a successor does not die at the same point for ever.
+//! its whole process group is to die); otherwise each costs one load of a constant flag and a
+//! branch. Deaths are counted in the worker's incarnation, so a successor does not die at the same
+//! point for ever.
 //!
 //! Called by `attach` and `step`.
 
