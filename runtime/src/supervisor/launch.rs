@@ -12,7 +12,7 @@ use super::outputs::Outputs;
 use super::progress::Progress;
 use super::recover::Crew;
 use super::report::Report;
-use super::resume::{self, Chosen};
+use super::resume::{self, Chosen, Resumed};
 use super::spawn::Spawner;
 use super::watch::{Events, Watch, event_fd};
 use crate::config::Settings;
@@ -223,15 +223,10 @@ impl Launch {
         let job_id = chosen.as_ref().map_or_else(job_id, |chosen| chosen.manifest.job_id);
         let is_lazy = chosen.is_some() && can_load_lazily();
         let chosen = chosen.map(|chosen| chosen.fit(&plan, &self.settings, is_lazy)).transpose()?;
-        let outputs = Outputs::claim(&plan, chosen.is_some(), store.is_some())?;
-        if let Some(chosen) = &chosen {
-            let sinks = &flow.draft.borrow().sinks;
-            if is_over {
-                eprintln!("testudo: the job had come to its end; there is nothing to go on with");
-                Outputs::end_again(&plan, sinks, chosen)?;
-                return Ok(Report::nothing(&plan, &self.settings));
-            }
-            Outputs::go_on(&plan, sinks, chosen)?;
+        let outputs = take_outputs(&flow, &plan, chosen.as_ref(), is_over, store.is_some())?;
+        if is_over {
+            eprintln!("testudo: the job had come to its end; there is nothing to go on with");
+            return Ok(Report::nothing(&plan, &self.settings));
         }
         if let (Some(store), None) = (&store, &chosen) {
             let reset = store.ask(move |store| store.reset(job_id))?;
@@ -358,6 +353,24 @@ impl Launch {
         let (_, plan) = self.plan(&build)?;
         Ok(crate::plan::explain::text(&plan, &self.settings))
     }
+}
+
+/// Claims the outputs, and brings them to where the checkpoint knows them, if there is one.
+fn take_outputs(
+    flow: &Flow,
+    plan: &Plan,
+    chosen: Option<&Resumed>,
+    is_over: bool,
+    by_cuts: bool,
+) -> Result<Outputs, Error> {
+    let outputs = Outputs::claim(plan, chosen.is_some(), by_cuts)?;
+    let sinks = &flow.draft.borrow().sinks;
+    match chosen {
+        None => {}
+        Some(chosen) if is_over => Outputs::end_again(plan, sinks, chosen)?,
+        Some(chosen) => Outputs::go_on(plan, sinks, chosen)?,
+    }
+    Ok(outputs)
 }
 
 /// A number that no other job has.

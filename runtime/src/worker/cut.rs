@@ -297,7 +297,7 @@ impl Cutter {
         }
     }
 
-    /// A cut that begins while the last one, which was given up, is not closed yet: what this worker
+    /// A cut begins while the last one, which was given up, is not closed yet: what this worker
     /// takes until it is may be sent after its sender's cut, so it takes no part.
     fn miss(&mut self, cx: &mut Cx, epoch: u64) {
         self.give_up(cx, CutFailure::Peer);
