@@ -59,7 +59,7 @@ fn is_memory(folder: &Path) -> std::io::Result<bool> {
     if unsafe { libc::statfs(path.as_ptr(), &raw mut about) } != 0 {
         return Err(std::io::Error::last_os_error());
     }
-    Ok(about.f_type as i64 == libc::TMPFS_MAGIC as i64)
+    Ok(about.f_type == libc::TMPFS_MAGIC)
 }
 
 impl Drop for Folder {

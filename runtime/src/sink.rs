@@ -109,11 +109,12 @@ pub struct Cut {
 /// `write` and `flush` are all that a sink needs that can take back what it has written: it does so
 /// in [`Sink::open`]. Others write in two phases, in a job with checkpoints:
 ///
-/// | when | call | what it must do |
-/// |---|---|---|
-/// | at a cut, between two steps | `prepare` | all that was written so far is held, durably and unseen; `position` may move |
-/// | the checkpoint is complete | `commit` | all that was prepared up to this cut is shown |
-/// | the job goes on from a checkpoint | `abort` | what was prepared after its cut is dropped |
+/// - [`Writer::prepare`], at a cut, between two steps: all that was written so far is held, durably
+///   and unseen; the position may move;
+/// - [`Writer::commit`], once the checkpoint is complete: all that was prepared up to this cut is
+///   shown;
+/// - [`Writer::abort`], when the job goes on from a checkpoint: what was prepared after its cut is
+///   dropped.
 ///
 /// A checkpoint that fails is no call: what was prepared for it is shown with the next one. Any of
 /// them may be repeated after a crash and must then do nothing more; `commit` of the checkpoint's
@@ -149,7 +150,8 @@ pub struct Cut {
 ///     fn open(&self, subtask: Subtask, from: &u64) -> Result<BatchWriter, String> {
 ///         let (folder, subtask) = (self.0.clone(), subtask.index);
 ///         let waiting = std::fs::read_to_string(folder.join(format!("{subtask}.waiting")));
-///         let rows = waiting.unwrap_or_default().split_inclusive('\n').take(*from as usize).collect();
+///         let waiting = waiting.unwrap_or_default();
+///         let rows = waiting.split_inclusive('\n').take(*from as usize).collect();
 ///         Ok(BatchWriter { folder, subtask, rows })
 ///     }
 /// }

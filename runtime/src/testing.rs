@@ -3,8 +3,8 @@
 //!
 //! Armed through the environment of the job (`TESTUDO_KILL_AT=who:point:times:skip:all`, where
 //! `who` is a worker's number or `s` for the launching process, and `all` may be left out);
-//! otherwise each costs one load of a constant flag and a branch. Deaths are counted in the worker's
-//! incarnation, so a successor does not die at the same point for ever.
+//! otherwise each costs one load of a constant flag and a branch. Deaths are counted in the
+//! worker's incarnation, so a successor does not die at the same point for ever.
 //!
 //! Invariant: `all` reaches only a process group that the launching process leads, never that of
 //! whoever started it.

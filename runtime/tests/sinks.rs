@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     )
 }
 
-const TOTAL: u64 = 12_000;
+const TOTAL: u64 = 9_000;
 const RATE: &str = "16000";
 const HEADER: &str = "number,square";
 
@@ -273,7 +273,7 @@ fn exact_whenever_the_whole_job_dies(job: &'static str, seed: u64) {
     let mut random = Random::new(seed);
     for _ in 0..deep(20, 2) {
         let mut case = Case::new(job);
-        for _ in 0..4 {
+        for _ in 0..3 {
             let workers = 1 + random.below(3) as usize;
             let more = random.below(4) as usize;
             case.kill_all(workers, more, &mut random);

@@ -52,7 +52,8 @@ fn compiled() -> BTreeMap<String, Layout> {
         RegionWords { epoch, good, aborted }
         CutWords {
             epoch, incarnation, failure, errno, file_bytes, index_at, index_bytes, index_checksum,
-            flight_bytes, is_full, pause_ns, duration_ns, write_ns, copied_blocks, copied_ns, joined
+            flight_bytes, is_full, pause_ns, duration_ns, write_ns, copied_blocks, copied_ns,
+            joined, committed
         }
         CutTail { epoch, tail }
         Gap { from_ns, to_ns }

@@ -2,10 +2,10 @@
 //! holds what the keys stand for; what time it is, the caller says.
 //!
 //! A table has, for each key, when it was touched and when its timer is due; the timers are those
-//! of `timer`. A key has one timer, which stays where it is when the key is touched again: once due,
-//! it either moves to the key's present deadline or the key goes. So a touch costs one write and
-//! a key's timer is looked at once in the time to live, however often the key is used; what has
-//! expired is found without looking at what has not.
+//! of `timer`. A key has one timer, which stays where it is when the key is touched again: once
+//! due, it either moves to the key's present deadline or the key goes. So a touch costs one write
+//! and a key's timer is looked at once in the time to live, however often the key is used; what
+//! has expired is found without looking at what has not.
 //!
 //! Invariants:
 //! - every key in the table has exactly one timer, at or before its deadline, and no other key has
@@ -135,7 +135,8 @@ impl<K: Record> Expiry<K> {
     }
 
     /// Looks at no more than `max` timers that are due, and forgets the keys whose time is over:
-    /// each is handed to `expired`, which drops what it stands for. Returns how many timers it looked at: fewer than `max` means that no more is due.
+    /// each is handed to `expired`, which drops what it stands for. Returns how many timers it
+    /// looked at: fewer than `max` means that no more is due.
     ///
     /// # Errors
     /// The first error of `expired`, or when there is no memory to move a timer.

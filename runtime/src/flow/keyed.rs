@@ -131,8 +131,8 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
     /// }
     /// ```
     ///
-    /// Each state of [`KeyedTtl::process`] has this time to live, unless it is declared with another
-    /// one.
+    /// Each state of [`KeyedTtl::process`] has this time to live, unless it is declared with a time
+    /// of its own.
     pub fn ttl(self, after: Duration) -> KeyedTtl<T, K, F> {
         KeyedTtl { keyed: self, ttl: Ttl::processing_time(after) }
     }

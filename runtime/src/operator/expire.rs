@@ -1,8 +1,8 @@
 //! Time to live: keys of keyed state that are forgotten when they were not used for a while.
 //!
-//! Invariants: expired state is never seen, swept or not; what time it is, is a function of the
-//! clock of the state ([`Clock`]); what expires and what is swept belongs to the step's transaction,
-//! and goes with the key group into checkpoints. States without a time to live pay nothing.
+//! Invariants: expired state is never seen, swept or not; what time it is, the clock of the state
+//! says ([`Clock`]); what expires and what is swept belongs to the step's transaction, and goes
+//! with the key group into checkpoints. States without a time to live pay nothing.
 //!
 //! Bounded work: each write sweeps at most [`SWEEP_A_WRITE`] keys of the same state. More go than
 //! come, so expired keys never are the larger part for long. `aggregate` and `reduce` sweep

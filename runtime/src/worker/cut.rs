@@ -313,25 +313,25 @@ impl Cutter {
         }
     }
 
+    /// A cut begins while the last one, which was given up, is not closed yet: what this worker
+    /// takes until it is may be sent after its sender's cut, so it takes no part.
+    fn miss(&mut self, cx: &mut Cx, epoch: u64) {
+        self.give_up(cx, CutFailure::Peer);
+        self.epoch = epoch;
+        self.words.joined.store(epoch, Ordering::Release);
+    }
+
     #[cold]
     fn begin(&mut self, cx: &mut Cx, cut: Cut) {
         let epoch = cut.epoch;
         if self.open.is_some() {
-            // The coordinator has given the last one up, and its file is not closed yet. This one
-            // cannot begin later instead: what others send after theirs would be taken before ours.
-            self.give_up(cx, CutFailure::Peer);
-            self.epoch = epoch;
-            self.words.joined.store(epoch, Ordering::Release);
-            return;
+            return self.miss(cx, epoch);
         }
         let begun_cpu = thread_ns();
         self.settle(&mut cx.txn);
         self.epoch = epoch;
         // Before the cells are taken: positions of sinks may move.
-        let sinks = std::mem::take(&mut cx.sinks);
-        sinks.iter().for_each(|sink| sink.prepare(cx, cut));
-        cx.sinks = sinks;
-        point(Point::SinksPrepared);
+        prepare(cx, cut);
         for out in &mut cx.out_rings {
             out.ring.note_cut(epoch);
         }
@@ -724,6 +724,14 @@ impl OpenCut {
         }
         true
     }
+}
+
+/// Has all sinks of this worker prepared for a cut.
+fn prepare(cx: &mut Cx, cut: Cut) {
+    let sinks = std::mem::take(&mut cx.sinks);
+    sinks.iter().for_each(|sink| sink.prepare(cx, cut));
+    cx.sinks = sinks;
+    point(Point::SinksPrepared);
 }
 
 /// The bytes of a segment that are state: [begin, end).
