@@ -366,6 +366,7 @@ fn take_outputs(
     let outputs = Outputs::claim(plan, chosen.is_some(), by_cuts)?;
     let sinks = &flow.draft.borrow().sinks;
     match chosen {
+        None if by_cuts => Outputs::begin(plan, sinks)?,
         None => {}
         Some(chosen) if is_over => Outputs::end_again(plan, sinks, chosen)?,
         Some(chosen) => Outputs::go_on(plan, sinks, chosen)?,
