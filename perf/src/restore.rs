@@ -241,7 +241,7 @@ pub fn job_process(args: &JobArgs) -> Result<(), Failure> {
             WorkerState::of(worker.state.load(Ordering::Acquire)) == WorkerState::Running
                 && worker.restoring.load(Ordering::Acquire) == 0
         };
-        if view.workers.iter().all(|worker| is_loaded(worker)) {
+        if view.workers.iter().all(is_loaded) {
             mark(&plan.marks, "loaded");
             let attached = view.workers.iter().map(|w| w.attached_ns.load(Ordering::Acquire));
             let attached = attached.min().unwrap_or(0).to_string();

@@ -74,8 +74,8 @@ pub trait Sink<T: Record>: 'static {
     }
 
     /// Takes back whatever subtasks from number `from` on have begun since cut `epoch`: neither the
-    /// checkpoint nor the job that goes on from it knows them, but a run in between did. Called by
-    /// the launching process; may be called again.
+    /// checkpoint nor the job that goes on from it knows them, but a run in between did. With 0
+    /// when a job with checkpoints begins. Called by the launching process; may be called again.
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job does not start.
@@ -114,7 +114,7 @@ pub struct Cut {
 /// - [`Writer::commit`], once the checkpoint is complete: all that was prepared up to this cut is
 ///   shown;
 /// - [`Writer::abort`], when the job goes on from a checkpoint: what was prepared after its cut is
-///   dropped.
+///   dropped; when it begins afresh, everything.
 ///
 /// A checkpoint that fails is no call: what was prepared for it is shown with the next one. Any of
 /// them may be repeated after a crash and must then do nothing more; `commit` of the checkpoint's
@@ -280,7 +280,7 @@ pub trait Writer<T: Record, P: Plain>: 'static {
     }
 
     /// The job goes on from a checkpoint that holds cut `epoch`: what was prepared after it belongs
-    /// to none. Called before `commit`, right after [`Sink::open`].
+    /// to none. 0 when the job begins. Called before `commit`, right after [`Sink::open`].
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.

@@ -395,7 +395,7 @@ mod tests {
     use super::*;
 
     const BLOCKS: usize = 8;
-    const ALL: [Range<u64>; 1] = [0..BLOCKS as u64];
+    const ALL: &[Range<u64>] = &[Range { start: 0, end: BLOCKS as u64 }];
 
     struct Memory(Box<[Bytes]>);
 

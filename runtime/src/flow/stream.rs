@@ -218,7 +218,7 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         self.finish(Box::new(move |attach, chain: C| {
             let subtask = attach.subtask(stage);
             let name = attach.operator_name(operator);
-            let uid = attach.plan.operators[operator].uid();
+            let uid = attach.plan.operators[operator].uid().to_owned();
             let cell = format!("{uid}/position");
             let start = match attach.joined_at(stage) {
                 Some(epoch) => sink.join(subtask, epoch),
@@ -229,8 +229,12 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
             let from = attach.cx.txn.get(position);
             let failed = |message| Error::job(&name, message);
             let mut writer = sink.open(subtask, &from).map_err(failed)?;
-            if let Some(epoch) = attach.resumed_at(stage) {
+            // What a run before this one has prepared, and no checkpoint holds, counts no more.
+            let begun = attach.named_cell(&format!("{uid}/begun"), 0u64)?;
+            let is_new = attach.cx.txn.get(begun) == 0;
+            if let Some(epoch) = attach.resumed_at(stage).or(is_new.then_some(0)) {
                 Writer::<T, _>::abort(&mut writer, epoch).map_err(failed)?;
+                attach.cx.txn.set(begun, 1);
             }
             attach.cx.outputs.extend(Writer::<T, _>::files(&writer));
             let (writer, of) = (Rc::new(RefCell::new(writer)), PhantomData::<fn(T)>);

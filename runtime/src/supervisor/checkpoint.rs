@@ -147,6 +147,9 @@ pub(crate) struct Checkpointer {
     is_last: bool,
     pausing: Option<Pausing>,
     is_draining: bool,
+    /// When the last checkpoint was begun for the first time, and whether it is complete.
+    last_ms: Option<u64>,
+    has_said: bool,
     said: Option<(String, u64)>,
 }
 
@@ -214,6 +217,8 @@ impl Checkpointer {
             is_last: false,
             pausing: None,
             is_draining: false,
+            last_ms: None,
+            has_said: false,
             said: None,
         })
     }
@@ -358,6 +363,7 @@ impl Checkpointer {
                 Action::Complete { parts, .. } => {
                     self.timer.ended(now());
                     self.complete(&parts, plan, scene);
+                    self.has_said = self.is_last;
                 }
                 Action::Fail { id, why } => {
                     self.timer.ended(now());
@@ -497,9 +503,20 @@ impl Checkpointer {
             self.carry_out(actions, plan, scene);
             return false;
         }
+        if self.has_said {
+            return true;
+        }
         let patience = u64::try_from(LAST_PATIENCE.as_millis()).unwrap_or(0);
-        let waited = u64::try_from(now.unix_ms).unwrap_or(0).saturating_sub(self.begun_ms);
-        self.coordinator.open().is_none() || waited > patience
+        let since = *self.last_ms.get_or_insert(self.begun_ms);
+        let waited = u64::try_from(now.unix_ms).unwrap_or(0).saturating_sub(since);
+        if waited <= patience && self.coordinator.open().is_none() && self.coordinator.all_running()
+        {
+            // The last one failed: a worker has died in it, say. Its successor is done as well.
+            let mut actions = Vec::new();
+            self.begin(now, Kind::Global, &mut actions);
+            self.carry_out(actions, plan, scene);
+        }
+        waited > patience
     }
 
     /// When the loop should look again by itself.

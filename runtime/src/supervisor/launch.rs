@@ -307,6 +307,7 @@ impl Launch {
                 let reset = store.ask(move |store| store.reset(job_id))?;
                 reset.map_err(|error| Error::Checkpoint(error.to_string()))?;
                 outputs.empty(&plan)?;
+                Outputs::begin(&plan, &sinks)?;
             }
             (None, None) => outputs.empty(&plan)?,
         }

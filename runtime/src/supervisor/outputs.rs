@@ -98,6 +98,15 @@ impl Outputs {
         Ok(())
     }
 
+    /// The job begins, perhaps not for the first time: nothing that was prepared before counts.
+    pub(crate) fn begin(plan: &Plan, sinks: &[SinkHooks]) -> Result<(), Error> {
+        for sink in sinks {
+            (sink.withdraw)(plan.stages[sink.stage].workers.len(), 0)
+                .map_err(|message| Error::job(&plan.operators[sink.operator].name, message))?;
+        }
+        Ok(())
+    }
+
     /// The job had come to its end: what its sinks had prepared is shown, if it was not.
     pub(crate) fn end_again(
         plan: &Plan,

@@ -519,7 +519,12 @@ impl Cutter {
                     producers.get(copying.ring).and_then(Option::as_ref).is_some_and(joined);
             }
             let Some(tail) = copying.tail else { return true };
-            let bytes = ((tail - copying.at) as usize).min(budget);
+            // A sender whose cut lies before ours has taken no part in it, whatever it says.
+            let Some(left) = tail.checked_sub(copying.at) else {
+                is_orphaned = true;
+                return true;
+            };
+            let bytes = (left as usize).min(budget);
             copying.bytes.extend_from_slice(ring.held(copying.at, bytes));
             copying.at += bytes as u64;
             budget -= bytes;
