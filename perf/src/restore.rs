@@ -35,7 +35,7 @@ use testudo_shm::zerocopy;
 /// Restoring.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
-    /// State of the whole job, about, in MiB
+    /// State of the whole job, at least, in MiB
     #[arg(long, default_value_t = 1024, value_name = "M")]
     state_mib: u64,
     /// Events a second after resuming, all sources together
@@ -79,9 +79,10 @@ struct Plan {
 /// Words of a value: with its key it takes a kibibyte.
 const WORDS: usize = 127;
 
-/// Kibibytes of values to each kibibyte of state, about: the rest is what tables leave behind as
-/// they grow, and free slots.
-const FILLED: f64 = 0.3;
+/// Values' share of the state: the rest is free slots and what tables leave behind as they grow.
+/// Tables have powers of two of slots, so the state may be up to twice as large; the result says
+/// how large it was.
+const FILLED: f64 = 0.45;
 
 /// An event.
 #[testudo::record]

@@ -305,10 +305,11 @@ impl Loader {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
+        // First: who answers then knows why a page cannot be brought any more.
+        self.left.store(0, Ordering::Release);
         for target in self.load.targets.iter().filter(|target| target.bytes > 0) {
             self.missing.unregister(target.at, target.bytes);
         }
-        self.left.store(0, Ordering::Release);
         Ok(())
     }
 
@@ -317,7 +318,11 @@ impl Loader {
         let mut files = HashMap::new();
         while !self.is_done() {
             if let Some(at) = self.missing.next(PATIENCE) {
-                self.answer_one(at, &mut files)?;
+                match self.answer_one(at, &mut files) {
+                    // Nobody waits any more, and all is there.
+                    Err(_) if self.is_done() => {}
+                    answered => answered?,
+                }
             }
         }
         Ok(())
