@@ -331,6 +331,8 @@ impl Txn {
         let cursor = unsafe { self.entries.as_ptr().add(self.len as usize) };
         Some(LogRun {
             base: self.base.addr().get() as u64,
+            map: self.map,
+            now: self.now,
             cursor,
             bytes,
             left: entries,
@@ -447,6 +449,9 @@ impl Txn {
 pub struct LogRun<'a> {
     txn: &'a mut Txn,
     base: u64,
+    // The transaction's, where stores to the log cannot make the compiler load them again.
+    map: *mut u8,
+    now: u8,
     cursor: *mut u8,
     bytes: usize,
     left: usize,
@@ -462,8 +467,15 @@ impl LogRun<'_> {
         assert!(self.left > 0, "more entries than the run was begun for");
         self.left -= 1;
         let padded = (self.bytes + 7) & !7;
-        // SAFETY: passed on.
-        unsafe { self.txn.touch(at, self.bytes) };
+        if !self.map.is_null() {
+            let from = (at.addr() as u64 - self.base) as usize;
+            let (first, last) = (from >> BLOCK_LOG2, (from + self.bytes - 1) >> BLOCK_LOG2);
+            // SAFETY: the range lies in the arena, and the map has a byte for each of its blocks.
+            if first != last || unsafe { *self.map.add(first) } != self.now {
+                // SAFETY: passed on.
+                unsafe { self.txn.touch_slow(first, last) };
+            }
+        }
         // SAFETY: `run` checked the room for this many entries; `at` is vouched for by the caller.
         unsafe {
             std::ptr::copy_nonoverlapping(at, self.cursor, self.bytes);
