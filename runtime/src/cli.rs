@@ -56,7 +56,7 @@ pub fn main_with<O: Args>(
     match launch(&program, parsed, &build, after) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{program}: {error}");
+            crate::say!("{program}: {error}");
             ExitCode::from(error.exit_code())
         }
     }
@@ -80,7 +80,7 @@ fn launch<O: Args>(
     launch.signals = Some(signal_fd()?);
     crate::supervisor::launch::name_supervisor();
     let report = launch.run(draw, Arc::<Events>::default(), |_| ())?;
-    eprint!("{}", report.text(form));
+    crate::say_part!("{}", report.text(form));
     after(&options, &report).map_err(|message| Error::job("after the job", message))
 }
 

@@ -10,6 +10,25 @@
 
 #![deny(unsafe_code)]
 
+/// Writes a line to standard error. A log that takes nothing any more (a full disk, a closed pipe)
+/// is no reason to end a job.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($text)*);
+    }};
+}
+
+/// As `say`, without the line's end.
+macro_rules! say_part {
+    ($($text:tt)*) => {{
+        use std::io::Write as _;
+        let _ = write!(std::io::stderr(), $($text)*);
+    }};
+}
+
+pub(crate) use {say, say_part};
+
 pub mod error;
 
 pub mod config;

@@ -62,7 +62,7 @@ impl StoreThread {
             arm_supervisor();
             let store = open_disk(disk).and_then(|(disk, why)| {
                 if let Some(why) = why {
-                    eprintln!("testudo: checkpoints: {why}");
+                    crate::say!("testudo: checkpoints: {why}");
                 }
                 Store::open(&folder, disk).map_err(|error| Error::Checkpoint(error.to_string()))
             });
@@ -150,7 +150,8 @@ pub(crate) struct Checkpointer {
     /// When the last checkpoint was begun for the first time, and whether it is complete.
     last_ms: Option<u64>,
     has_said: bool,
-    said: Option<(String, u64)>,
+    /// Failures that were said lately, and when.
+    said: Vec<(String, u64)>,
 }
 
 /// Sources are stopped: since when, and how long nothing has moved.
@@ -219,7 +220,7 @@ impl Checkpointer {
             is_draining: false,
             last_ms: None,
             has_said: false,
-            said: None,
+            said: Vec::new(),
         })
     }
 
@@ -263,12 +264,16 @@ impl Checkpointer {
             actions.extend(self.coordinator.sealed(now, id, result));
         }
         actions.extend(self.coordinator.tick(now));
-        let is_over = self.is_last || self.is_draining;
-        let is_free = self.coordinator.open().is_none() && !is_over;
-        if is_free && self.coordinator.all_running() && self.timer.is_due(now) {
+        if self.may_begin() && self.timer.is_due(now) {
             self.begin(now, Kind::Regional, &mut actions);
         }
         self.carry_out(actions, plan, scene);
+    }
+
+    /// Whether a checkpoint that is due could begin now.
+    fn may_begin(&self) -> bool {
+        let is_over = self.is_last || self.is_draining;
+        !is_over && self.coordinator.open().is_none() && self.coordinator.all_running()
     }
 
     fn begin(&mut self, now: Now, kind: Kind, actions: &mut Vec<Action>) {
@@ -379,10 +384,11 @@ impl Checkpointer {
     /// A failed checkpoint is said, but not the same failure every time.
     fn say(&mut self, id: u64, why: String) {
         const AGAIN_NS: u64 = 10_000_000_000;
-        let is_known = |(known, at): &(String, u64)| *known == why && now_ns() < at + AGAIN_NS;
-        if !self.said.as_ref().is_some_and(is_known) {
-            eprintln!("testudo: checkpoint {id} failed: {why}; the job goes on");
-            self.said = Some((why, now_ns()));
+        let now = now_ns();
+        self.said.retain(|(_, at)| now < at + AGAIN_NS);
+        if !self.said.iter().any(|(known, _)| *known == why) {
+            crate::say!("testudo: checkpoint {id} failed: {why}; the job goes on");
+            self.said.push((why, now));
         }
     }
 
@@ -522,7 +528,9 @@ impl Checkpointer {
     /// When the loop should look again by itself.
     pub(crate) fn patience(&self) -> Option<Duration> {
         let now = now();
-        let due = self.timer.due_in(now).filter(|_| self.coordinator.open().is_none());
+        // What is due and cannot begin waits for something else to happen: no reason to wake.
+        let may_begin = self.may_begin();
+        let due = self.timer.due_in(now).filter(|_| may_begin);
         let deadline = self.coordinator.deadline_ns();
         let deadline = deadline.map(|at| Duration::from_nanos(at.saturating_sub(now.monotonic_ns)));
         let still = self.pausing.as_ref().map(|_| Duration::from_millis(5));

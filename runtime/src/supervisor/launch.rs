@@ -201,7 +201,7 @@ impl Launch {
             match self.run_once(&build, &events, started, &unusable, &mut resumed) {
                 // A block that a worker could not read: what it stands for is older now.
                 Err(Error::Damaged(damage)) if resumed.is_some() && self.settings.resume => {
-                    eprintln!("testudo: {damage}");
+                    crate::say!("testudo: {damage}");
                     unusable.extend(resumed);
                 }
                 result => return result,
@@ -221,7 +221,7 @@ impl Launch {
     ) -> Result<Report, Error> {
         let Some(prepared) = self.prepare(build, unusable, resumed)? else {
             let (_, plan) = self.plan(build)?;
-            eprintln!("testudo: the job had come to its end; there is nothing to go on with");
+            crate::say!("testudo: the job had come to its end; there is nothing to go on with");
             return Ok(Report::nothing(&plan, &self.settings));
         };
         let Prepared { surveys, plan, outputs, store, chosen, job_id } = prepared;
@@ -328,7 +328,7 @@ impl Launch {
         let chosen = resume::choose(store, &self.settings, unusable)?;
         if chosen.is_none() {
             let folder = self.settings.checkpoint_dir.as_deref().unwrap_or(Path::new(""));
-            eprintln!(
+            crate::say!(
                 "testudo: no checkpoint in {} yet: the job begins afresh, its outputs are emptied",
                 folder.display()
             );
@@ -353,7 +353,7 @@ impl Launch {
             let need = plan.layout.descriptors() + SPARE_DESCRIPTORS;
             if need <= limit {
                 if self.settings.key_groups < asked {
-                    eprintln!(
+                    crate::say!(
                         "testudo: {asked} key groups need more than the {limit} descriptors \
                          allowed (ulimit -n); \
                          using {}",
@@ -392,7 +392,7 @@ fn can_load_lazily() -> bool {
         testudo_shm::missing::Missing::new(arena).map(|_| ())
     })();
     if let Err(error) = &probe {
-        eprintln!("testudo: {error}; the state is loaded before the job goes on");
+        crate::say!("testudo: {error}; the state is loaded before the job goes on");
     }
     probe.is_ok()
 }
@@ -451,7 +451,7 @@ impl Scene {
         let events = if wait::has_wait_any() && plan.workers + 1 < wait::FUTEX_WAITV_MAX {
             Vec::new()
         } else {
-            eprintln!(
+            crate::say!(
                 "testudo: this kernel cannot wait on several futexes; workers sleep on eventfds"
             );
             (0..=plan.workers).map(|_| event_fd()).collect::<Result<Vec<_>, _>>()?

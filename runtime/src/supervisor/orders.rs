@@ -50,7 +50,9 @@ impl Orders {
         let wake = Arc::clone(events);
         let socket = ControlSocket::open(&settings.name, move || wake.bump());
         let socket = socket
-            .inspect_err(|error| eprintln!("testudo: no control socket: {error}; the job goes on"))
+            .inspect_err(|error| {
+                crate::say!("testudo: no control socket: {error}; the job goes on")
+            })
             .ok();
         Self { socket, waiting: Vec::new(), savepoint: None, begun: Instant::now() }
     }

@@ -376,7 +376,7 @@ impl<'a> Crew<'a> {
             if let Some(child) = member.child.take() {
                 // Nothing but the end of the process is missing: all that it did is committed.
                 if !at_once && !child.ends_within(LEAVING.saturating_sub(begun.elapsed())) {
-                    eprintln!(
+                    crate::say!(
                         "testudo: worker {worker} (process {}) was done but did not leave within \
                          {} s; it was killed, and nothing is lost",
                         child.pid,

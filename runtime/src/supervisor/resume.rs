@@ -82,10 +82,10 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
         match opened {
             Ok(chosen) => {
                 for damage in &damages {
-                    eprintln!("testudo: {damage}");
+                    crate::say!("testudo: {damage}");
                 }
                 if !damages.is_empty() {
-                    eprintln!("testudo: going on from checkpoint {} instead", manifest.id);
+                    crate::say!("testudo: going on from checkpoint {} instead", manifest.id);
                 }
                 let past = (!damages.is_empty()).then_some(candidate.name);
                 return Ok(Some(Chosen { past, ..chosen }));

@@ -99,7 +99,7 @@ pub(crate) fn run(role: Role, build: impl FnOnce(&Flow, &str)) -> ! {
     let code = match work(role, build) {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("testudo-w{}: {error}", role.worker);
+            crate::say!("testudo-w{}: {error}", role.worker);
             // Another process of the same binary plans the same.
             if matches!(error, Error::Plan(_)) { EXIT_FAILED } else { EXIT_ATTACH }
         }

@@ -57,7 +57,9 @@ pub(crate) fn run(mut worker: Worker, stages: Vec<StageRef>, in_haste: bool) -> 
         }
         if worker.cutter.as_ref().is_some_and(Cutter::is_open) {
             go_on_cutting(&mut worker, &mut touched, work > 0);
-            work = work.max(1);
+            // Who is told to leave does not wait for a slow disk.
+            let is_told = worker.control.control.load(Ordering::Acquire) & control::LEAVE != 0;
+            work = work.max(usize::from(!is_told));
         }
         steps += 1;
         if steps == 1 && in_haste {
