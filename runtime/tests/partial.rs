@@ -94,7 +94,8 @@ impl Holdable {
     /// throughout.
     fn wait_for_progress(&self) {
         let dead_at = self.commits(1);
-        let part = self.output().join("part-000.txt");
+        // A part has its final name once it is complete.
+        let part = self.output().join("part-000.txt.open");
         let lines = || {
             let text = fs::read(&part).unwrap_or_default();
             text.iter().filter(|byte| **byte == b'\n').count()

@@ -224,6 +224,10 @@ impl Attach {
         this.wake_everyone();
         own.attached_ns.store(crate::time::now_ns(), Ordering::Relaxed);
         own.state.store(WorkerState::Running as u32, Ordering::Release);
+        // A checkpoint may be due and waiting for this.
+        if this.cutter.is_some() {
+            this.notice();
+        }
         this.resuming.begin_loading(own, this.last_words);
         Ok((this, stages))
     }
