@@ -261,7 +261,10 @@ where
                 self.fire_run(cx, bounds, &slices, id, (group as u32, slot as u64), &mut left);
             match after {
                 Some(at) => slot = at as i64,
-                None => (slice, slot) = (id + 1, 0),
+                None => match id.checked_add(1) {
+                    Some(next) => (slice, slot) = (next, 0),
+                    None => (group, slice, slot) = self.first_of(group + 1, end),
+                },
             }
         }
         self.next.end_batch(cx);
