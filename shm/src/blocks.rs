@@ -1,7 +1,7 @@
 //! Which blocks of a worker's memory changed since its last cut, and what they held at the cut.
 //!
 //! A block is 4096 bytes of the arena. Every write to state passes `Txn::log` or `Txn::fresh`, and
-//! both pass [`Tracker::touch`], which compares one byte of a map with the number of the present
+//! both pass `Tracker::touch`, which compares one byte of a map with the number of the present
 //! interval: equal, for all but the first write to a block after a cut.
 //!
 //! Invariants (rule R14: a block is saved when it is copied):

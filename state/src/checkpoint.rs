@@ -13,7 +13,7 @@
 //!   returned, or the one whose commit was under way.
 //!
 //! Called by workers ([`RegionWriter`], [`Chain`]), by the supervisor ([`Store`]), and by tools
-//! ([`verify`]).
+//! ([`verify()`]).
 
 use std::fmt;
 use std::path::{Path, PathBuf};

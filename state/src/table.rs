@@ -171,7 +171,7 @@ impl<K: Record, V: Record> Table<K, V> {
     pub const IN_RUNS: bool = Slots::<Typed<K, V>>::IN_RUNS;
 
     /// First of three steps to many updates at once: asks for the memory where the keys of some
-    /// records, at most [`AHEAD`], are looked for.
+    /// records, at most [`AHEAD`](crate::AHEAD), are looked for.
     #[inline(always)]
     pub fn ask(&self, keys: impl ExactSizeIterator<Item = K> + Clone, ahead: &mut Ahead) {
         let hash = |key| key_hash(PlainKey(key).as_ref());
