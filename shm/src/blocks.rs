@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cut_holds_what_was_there_when_it_began() {
+    fn r14_a_cut_holds_what_was_there_when_it_began() {
         let (mut memory, mut tracker) = (Memory::new(), tracker());
         for block in 0..4 {
             memory.store(&mut tracker, block, 1);
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_failed_cut_took_is_saved_by_the_next() {
+    fn r14_what_a_failed_cut_took_is_saved_by_the_next() {
         let (mut memory, mut tracker) = (Memory::new(), tracker());
         memory.store(&mut tracker, 0, 1);
         memory.store(&mut tracker, 1, 1);
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn without_room_for_copies_the_cut_fails_and_nothing_is_lost() {
+    fn r14_without_room_for_copies_the_cut_fails_and_nothing_is_lost() {
         let (mut memory, mut tracker) = (Memory::new(), tracker());
         memory.store(&mut tracker, 0, 1);
         tracker.begin(std::iter::empty(), ALL.to_vec(), 0);

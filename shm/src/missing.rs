@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn who_touches_a_missing_page_gets_its_bytes() {
+    fn r16_who_touches_a_missing_page_gets_its_bytes() {
         let Some((arena, _segment, missing)) = four() else { return };
         let missing = std::thread::spawn(move || {
             let mut at = Vec::new();
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_there_is_not_overwritten() {
+    fn r16_a_page_that_is_there_is_not_overwritten() {
         let Some((arena, _segment, missing)) = four() else { return };
         assert_eq!(missing.bring(PAGE, &[1; PAGE]).unwrap(), PAGE);
         assert_eq!(missing.bring(0, &[2; 3 * PAGE]).unwrap(), PAGE, "up to the page that is there");
