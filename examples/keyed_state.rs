@@ -34,6 +34,8 @@ fn purchase(n: u64) -> Purchase {
 
 fn build(flow: &Flow, _options: &NoOptions) {
     flow.source("purchases", Generator::new(60, purchase))
+        // One reader: what one producer sends for a key comes in the order in which it was sent.
+        .parallelism(1)
         .key_by(|purchase| purchase.customer)
         .process(
             // Each state has a name: it is found by it again, by the successor of a worker that

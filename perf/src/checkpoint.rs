@@ -34,7 +34,7 @@ pub struct Args {
     /// Events of each run, all sources together
     #[arg(long, default_value_t = 500_000_000, value_name = "N")]
     events: u64,
-    /// Pairs of runs, with and without; medians count
+    /// Rounds of three runs: without checkpoints, ready for them, with them; medians count
     #[arg(long, default_value_t = 3, value_name = "N")]
     pairs: usize,
     /// Milliseconds between two checkpoints
@@ -99,11 +99,13 @@ pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
     params.insert("interval_ms".into(), args.interval_ms.into());
     args.engine.describe(&settings, &mut params);
     let mut lines = Lines::new("checkpoint", params, regime);
-    let [with, without] = [1, 0].map(|side| median(rates.iter().map(|pair| pair[side])));
-    // Of the pairs: the two runs of one are seconds apart, the regime may change between pairs.
-    let ratio = median(rates.iter().map(|[without, with]| with / without));
-    lines.add("throughput_ratio", ratio, "1");
+    let [without, idle, with] = [0, 1, 2].map(|side| median(rates.iter().map(|run| run[side])));
+    // Within a round: its runs are seconds apart, the regime may change between rounds.
+    let ratio = |side: usize| median(rates.iter().map(|run| run[side] / run[0]));
+    lines.add("throughput_ratio", ratio(2), "1");
+    lines.add("throughput_ratio_no_cut", ratio(1), "1");
     lines.add("events_per_s_with", with.round(), "1/s");
+    lines.add("events_per_s_no_cut", idle.round(), "1/s");
     lines.add("events_per_s_without", without.round(), "1/s");
     add_cuts(&mut lines, &cuts, &settings, folder.path())?;
     if args.rate > 0 {
@@ -113,35 +115,42 @@ pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
 }
 
 fn with_checkpoints(settings: &Settings, args: &Args, folder: &Path) -> Settings {
-    Settings {
-        checkpoint_dir: Some(folder.into()),
-        checkpoints: Schedule::Every(Duration::from_millis(args.interval_ms)),
-        ..settings.clone()
-    }
+    let every = Schedule::Every(Duration::from_millis(args.interval_ms));
+    with_folder(settings, folder, every)
 }
 
-/// Runs in turn without and with checkpoints: events a second of each pair, and the cuts.
+fn with_folder(settings: &Settings, folder: &Path, checkpoints: Schedule) -> Settings {
+    Settings { checkpoint_dir: Some(folder.into()), checkpoints, ..settings.clone() }
+}
+
+/// What the runs of one round differ in: no folder for checkpoints; a folder, so that account is
+/// kept of changed blocks, but no cut before the end; a cut each interval.
+const SIDES: usize = 3;
+
+/// Runs the sides in turn: events a second of each round, and the cuts.
 fn throughput(
     args: &Args,
     settings: &Settings,
     folder: &Path,
-) -> Result<(Vec<[f64; 2]>, Cuts), Failure> {
+) -> Result<(Vec<[f64; SIDES]>, Cuts), Failure> {
     let (mut rates, mut cuts) = (Vec::new(), Cuts::default());
     let mut cow = Vec::new();
-    for pair in 0..args.pairs {
-        let mut rate = [0.0; 2];
-        // The order within a pair changes.
-        for side in [pair % 2, 1 - pair % 2] {
-            let (elapsed_ns, found) = if side == 1 {
-                let folder = folder.join(format!("pair-{pair}"));
-                let done = measure(args, with_checkpoints(settings, args, &folder))?;
-                std::fs::remove_dir_all(&folder)?;
-                done
-            } else {
-                measure(args, settings.clone())?
+    for round in 0..args.pairs {
+        let mut rate = [0.0; SIDES];
+        // The order within a round changes.
+        for side in (0..SIDES).map(|side| (side + round) % SIDES) {
+            let folder = folder.join(format!("round-{round}-{side}"));
+            let settings = match side {
+                0 => settings.clone(),
+                1 => with_folder(settings, &folder, Schedule::Never),
+                _ => with_checkpoints(settings, args, &folder),
             };
+            let (elapsed_ns, found) = measure(args, settings)?;
+            if side > 0 {
+                std::fs::remove_dir_all(&folder)?;
+            }
             rate[side] = args.events as f64 * 1e9 / elapsed_ns as f64;
-            if side == 1 {
+            if side == 2 {
                 cow.push(found.cow_us_per_s);
                 cuts.add(found);
             }

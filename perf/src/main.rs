@@ -32,6 +32,8 @@ mod raw;
 
 mod checkpoint;
 
+mod replica;
+
 mod restore;
 
 mod compare;
@@ -79,6 +81,8 @@ enum Bench {
     Regions(regions::Args),
     /// w1 with a checkpoint every second: throughput, pauses, bytes a second, latency
     Checkpoint(checkpoint::Args),
+    /// What a live replica costs its worker
+    Replica(replica::Args),
     /// Resuming a job with much state: first output, full load, bytes a second
     Restore(restore::Args),
     /// This engine and others in turn, on the same work, by regime
@@ -94,9 +98,9 @@ enum Bench {
 /// What every job of a bench can be told about the engine.
 #[derive(Debug, Clone, clap::Args)]
 pub struct EngineArgs {
-    /// Worker processes
-    #[arg(long, default_value_t = 2, value_name = "N")]
-    workers: usize,
+    /// Worker processes [default: 2; 1 where each has a replica, on a core of its own]
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
     /// What a worker without input does [default: adaptive; for latency: spin]
     #[arg(long, value_enum)]
     idle: Option<Idle>,
@@ -112,12 +116,21 @@ pub struct EngineArgs {
 }
 
 impl EngineArgs {
+    fn workers(&self) -> usize {
+        self.workers.unwrap_or(2)
+    }
+
+    /// The same for a job whose workers have replicas.
+    fn with_replicas(&self) -> Self {
+        Self { workers: Some(self.workers.unwrap_or(1)), ..self.clone() }
+    }
+
     /// The settings of a job called `name`.
     fn settings(&self, name: &str) -> Result<Settings, Failure> {
         let base = Settings::default();
         let settings = Settings {
             name: name.into(),
-            workers: self.workers,
+            workers: self.workers(),
             idle: self.idle.unwrap_or(base.idle),
             ring_bytes: self.ring_bytes.map_or(base.ring_bytes, |bytes| bytes.0),
             key_groups: self.key_groups.unwrap_or(base.key_groups),
@@ -155,6 +168,7 @@ fn run(bench: &Bench) -> Result<Vec<Line>, Failure> {
         Bench::Startup(args) => startup::run(args),
         Bench::Regions(args) => regions::run(args),
         Bench::Checkpoint(args) => checkpoint::run(args),
+        Bench::Replica(args) => replica::run(args),
         Bench::Restore(args) => restore::run(args),
         Bench::RestoreJob(args) => restore::job_process(args).map(|()| Vec::new()),
         Bench::Compare(args) => compare::run(args).map(|()| Vec::new()),
@@ -172,6 +186,9 @@ fn print(lines: &[Line], as_json: bool) -> std::io::Result<()> {
 
 fn main() -> ExitCode {
     testudo::init();
+    if std::env::args().nth(1).as_deref() == Some(recovery::supervisor::JOB) {
+        return recovery::supervisor::job_process();
+    }
     let cli = Cli::parse();
     for _ in 0..cli.repeat {
         match run(&cli.bench) {

@@ -9,9 +9,21 @@
 //! state is as large as asked for; then it emits events with these keys until it finds the file
 //! `stop`; then a query for each of them. Since a producer's records stay in order, the query has
 //! seen every event of its key: the count goes to a file. It must equal the number of events with
-//! that key that the source says it emitted; the rest is lost or doubled.
+//! that key that the source says it emitted; the rest is lost or doubled. What the engine itself
+//! says it dropped is subtracted from what is missing: the rest is unaccounted for.
+//!
+//! What is done to a worker, and what brings it back, is the choice of `means`; `partial` is about
+//! peers of a worker that stays down.
 //!
 //! Called by `main`.
+
+mod means;
+
+mod hotupdate;
+
+mod partial;
+
+pub mod supervisor;
 
 use crate::regime;
 use crate::report::{Failure, Line, Lines, Params, quantile};
@@ -20,11 +32,13 @@ use crate::{EngineArgs, scratch};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use testudo::config::Completeness;
 use testudo::metrics::{Counter, GAP_NS};
 use testudo::prelude::*;
 use testudo::sink::file::Lines as TextLines;
 use testudo::source::{Collect, Progress, Reader, Source, Subtask};
 use testudo::supervisor::launch::{Running, View};
+use testudo::supervisor::report::Restart;
 use testudo::time::now_ns;
 use testudo_shm::header::WorkerHeader;
 use testudo_shm::primitive::Ordering;
@@ -33,6 +47,9 @@ use testudo_shm::zerocopy;
 /// Recovery.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
+    /// What brings a worker back
+    #[arg(long, value_enum, default_value_t = means::Means::Respawn, value_name = "MEANS")]
+    tier: means::Means,
     /// SIGKILLs
     #[arg(long, default_value_t = 20, value_name = "K")]
     kills: usize,
@@ -49,6 +66,13 @@ pub struct Args {
     /// Seed of the choice of victims and moments
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
+    /// Completeness of the job: with partial, one worker is killed and held down, and its peers are
+    /// watched
+    #[arg(long, value_enum)]
+    completeness: Option<Completeness>,
+    /// Milliseconds that it is held down
+    #[arg(long, default_value_t = 5000, value_name = "MS")]
+    hold_ms: u64,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -267,6 +291,7 @@ fn events_name(index: u64) -> String {
 /// What one kill led to, nanoseconds.
 #[derive(Debug, Clone, Copy)]
 struct Recovery {
+    killed_ns: u64,
     to_attached: u64,
     to_first_commit: u64,
     others_gap: u64,
@@ -274,26 +299,50 @@ struct Recovery {
 
 /// Measures.
 pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
+    if args.completeness == Some(Completeness::Partial) {
+        return partial::run(args);
+    }
+    if args.tier == means::Means::Supervisor {
+        return supervisor::run(args);
+    }
     if args.kills == 0 || args.rate == Some(0) || args.state_mib == Some(0) {
         return Err(Failure::Usage("--kills, --rate and --state-mib must be at least 1".into()));
     }
     let folder = scratch::Folder::new()?;
     let keys = if args.state_mib.is_some() { u64::MAX } else { KEYS };
     let plan = Plan { keys, rate: args.rate, folder: folder.path().into() };
-    let settings = args.engine.settings("perf-recovery")?;
+    let engine = match args.tier {
+        means::Means::Replica => args.engine.with_replicas(),
+        _ => args.engine.clone(),
+    };
+    let settings = args.tier.settings(engine.settings("perf-recovery")?);
     let parameters = serde_json::to_string(&plan).unwrap_or_default();
     let job = Job::new(job).parameters(parameters).settings(settings.clone());
-    let (regime, result) = regime::around(|| play(job, args, folder.path()));
-    let (recoveries, state_bytes, report) = result?;
-    let Account { keys, events, lost, doubled } = account(&report, &folder.path().join("finals"))?;
+    let (regime, result) = regime::around(|| args.tier.play(job, args, folder.path()));
+    let Played { recoveries, state_bytes, report } = result?;
+    let Account { keys, events, found, lost, doubled } =
+        account(report.workers as u64, &report.counters, &folder.path().join("finals"))?;
     let mut params = Params::new();
+    params.insert("tier".into(), args.tier.label().into());
     params.insert("kills".into(), args.kills.into());
     params.insert("rate".into(), args.rate.into());
     params.insert("state_mib".into(), (state_bytes >> 20).into());
     params.insert("keys".into(), keys.into());
     params.insert("events".into(), events.into());
-    args.engine.describe(&settings, &mut params);
+    engine.describe(&settings, &mut params);
     let mut lines = Lines::new("recovery", params, regime);
+    let by = |tier| report.restarts.iter().filter(|restart| restart.tier == tier).count();
+    lines.add("by_standby", by(Tier::Standby), "restarts");
+    lines.add("by_replica", by(Tier::Replica), "restarts");
+    let differences: u64 = report.replicas.iter().map(|replica| replica.mismatches).sum();
+    lines.add("replica_mismatches", differences, "comparisons");
+    if report.restarts.len() == recoveries.len() {
+        let seen = report.restarts.iter().zip(&recoveries);
+        let to_seen = |(restart, recovery): (&Restart, &Recovery)| {
+            restart.seen_ns.saturating_sub(recovery.killed_ns)
+        };
+        add(&mut lines, "kill_to_seen_us", seen.map(to_seen));
+    }
     add(&mut lines, "kill_to_attached_us", recoveries.iter().map(|r| r.to_attached));
     add(&mut lines, "kill_to_first_commit_us", recoveries.iter().map(|r| r.to_first_commit));
     if settings.workers > 1 {
@@ -301,6 +350,11 @@ pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
     }
     lines.add("lost", lost, "records");
     lines.add("doubled", doubled, "records");
+    lines.add("dropped", report.dropped, "records");
+    // The job ran to its end, so nothing is left in a ring.
+    let accounted = i128::from(found) + i128::from(report.dropped);
+    let unaccounted = i64::try_from(i128::from(events) - accounted).unwrap_or(i64::MAX);
+    lines.add("unaccounted", unaccounted, "records");
     Ok(lines.finish())
 }
 
@@ -312,9 +366,19 @@ fn add(lines: &mut Lines, name: &str, nanos: impl Iterator<Item = u64>) {
     }
 }
 
-/// Runs the job, kills, stops it. Gives the recoveries, the bytes of state before the first kill,
-/// and the report.
-fn play(job: Job, args: &Args, folder: &Path) -> Result<(Vec<Recovery>, u64, Report), Failure> {
+/// How a run went.
+struct Played {
+    recoveries: Vec<Recovery>,
+    /// Bytes of state before the first strike.
+    state_bytes: u64,
+    report: Report,
+}
+
+/// Does something to a worker and waits until all is as before.
+type Strike = fn(&Running, &View, usize) -> Result<Recovery, Failure>;
+
+/// Runs the job, strikes, stops it.
+fn play(job: Job, args: &Args, folder: &Path, strike: Strike) -> Result<Played, Failure> {
     let running = job.start();
     let Some(view) = running.workers() else {
         running.join()?;
@@ -325,7 +389,7 @@ fn play(job: Job, args: &Args, folder: &Path) -> Result<(Vec<Recovery>, u64, Rep
             // If it cannot be written, the state grows until the time is over, which says so.
             let _ = std::fs::write(folder.join("full"), "");
         }
-        (0..args.engine.workers).all(|index| folder.join(format!("filled-{index}")).exists())
+        (0..view.workers.len()).all(|index| folder.join(format!("filled-{index}")).exists())
     };
     wait_until(&running, "all keys are there", Duration::from_secs(100), is_filled)?;
     std::thread::sleep(Duration::from_millis(200));
@@ -337,7 +401,9 @@ fn play(job: Job, args: &Args, folder: &Path) -> Result<(Vec<Recovery>, u64, Rep
         let pause = args.pause_ms * 1000 + random % (args.pause_ms * 1000).max(1);
         std::thread::sleep(Duration::from_micros(pause));
         let victim = (random >> 32) as usize % view.workers.len();
-        match kill(&running, &view, victim) {
+        let is_followed = || view.replicas().iter().all(|replica| replica.follows);
+        wait_until(&running, "the replicas follow", Duration::from_secs(20), is_followed)?;
+        match strike(&running, &view, victim) {
             Ok(recovery) => recoveries.push(recovery),
             // The job's own error says more than ours.
             Err(failure) if running.is_over() => {
@@ -347,7 +413,7 @@ fn play(job: Job, args: &Args, folder: &Path) -> Result<(Vec<Recovery>, u64, Rep
         }
     }
     std::fs::write(folder.join("stop"), "")?;
-    Ok((recoveries, state_bytes, running.join()?))
+    Ok(Played { recoveries, state_bytes, report: running.join()? })
 }
 
 fn wait_until(
@@ -402,6 +468,7 @@ fn kill(running: &Running, view: &View, victim: usize) -> Result<Recovery, Failu
     let gap =
         |(other, count): (&&WorkerHeader, &u64)| longest_gap(other, *count, killed_ns, back_ns);
     Ok(Recovery {
+        killed_ns,
         to_attached: attached_ns.saturating_sub(killed_ns),
         to_first_commit: back_ns - killed_ns,
         others_gap: others.iter().zip(&counts).map(gap).max().unwrap_or(0),
@@ -449,17 +516,22 @@ fn group_bytes() -> u64 {
 struct Account {
     keys: u64,
     events: u64,
+    /// Events that were counted.
+    found: u64,
     lost: u64,
     doubled: u64,
 }
 
 /// Compares every key's count with the events that its source emitted.
-fn account(report: &Report, finals: &Path) -> Result<Account, Failure> {
-    let sources = report.workers as u64;
+fn account(
+    sources: u64,
+    counters: &BTreeMap<String, u64>,
+    finals: &Path,
+) -> Result<Account, Failure> {
     let mut found = read_finals(finals)?;
     let mut account = Account::default();
     for index in 0..sources {
-        let counter = |name: String| report.counters.get(&name).copied().unwrap_or(0);
+        let counter = |name: String| counters.get(&name).copied().unwrap_or(0);
         let (keys, events) = (counter(keys_name(index)), counter(events_name(index)));
         let mut wanted = vec![0u64; usize::try_from(keys).unwrap_or(0)];
         for n in 0..events {
@@ -467,6 +539,7 @@ fn account(report: &Report, finals: &Path) -> Result<Account, Failure> {
         }
         for (n, wanted) in wanted.into_iter().enumerate() {
             let found = found.remove(&own_key(index, sources, n as u64)).unwrap_or(0);
+            account.found += found;
             account.lost += wanted.saturating_sub(found);
             account.doubled += found.saturating_sub(wanted);
         }

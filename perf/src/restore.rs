@@ -41,6 +41,12 @@ pub struct Args {
     /// Events a second after resuming, all sources together
     #[arg(long, default_value_t = 1_000, value_name = "R")]
     rate: u64,
+    /// Keep the state in so many open windows, of which the first fires after resuming
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    windows: u64,
+    /// Workers after resuming [default: as many as before]
+    #[arg(long, value_name = "W")]
+    resumed_workers: Option<usize>,
     /// Runs of each kind; medians count
     #[arg(long, default_value_t = 3, value_name = "N")]
     runs: usize,
@@ -66,6 +72,7 @@ pub struct JobArgs {
 struct Plan {
     keys: u64,
     rate: u64,
+    windows: u64,
     /// Where processes say what has happened.
     marks: PathBuf,
     checkpoints: PathBuf,
@@ -89,7 +96,23 @@ const FILLED: f64 = 0.45;
 struct Event {
     key: u64,
     number: u64,
+    at: i64,
 }
+
+impl Event {
+    /// An event of the time before the job is stopped.
+    fn filling(key: u64, windows: u64) -> Self {
+        Self { key, number: 0, at: (key % windows.max(1)) as i64 * WINDOW_MS }
+    }
+
+    /// One of the time behind: late enough for the first window to fire.
+    fn later(key: u64, number: u64, windows: u64) -> Self {
+        Self { key, number, at: (windows as i64 + 1) * WINDOW_MS + 1 }
+    }
+}
+
+/// Length of a window.
+const WINDOW_MS: i64 = 1000;
 
 /// A count, and what makes it large.
 #[testudo::record]
@@ -142,7 +165,7 @@ impl Reader<Event, Place> for EventsReader {
         if at.filled < self.plan.keys {
             for _ in 0..max.min(((self.plan.keys - at.filled) / step + 1) as usize) {
                 if at.filled < self.plan.keys {
-                    out.emit(Event { key: at.filled, number: 0 });
+                    out.emit(Event::filling(at.filled, self.plan.windows));
                     at.filled += step;
                 }
             }
@@ -158,7 +181,12 @@ impl Reader<Event, Place> for EventsReader {
         };
         let mut left = max;
         while due(at.next) <= now && left > 0 {
-            out.emit(Event { key: splitmix64(at.next) % self.plan.keys, number: at.next });
+            let key = splitmix64(at.next) % self.plan.keys;
+            // Before the job is stopped, no window fires.
+            out.emit(match self.plan.resumes {
+                true => Event::later(key, at.next, self.plan.windows),
+                false => Event::filling(key, self.plan.windows),
+            });
             at.next += step;
             left -= 1;
         }
@@ -193,24 +221,34 @@ fn job(flow: &Flow, parameters: &str) {
         return;
     };
     let (folder, resumes, is_first) = (plan.marks.clone(), plan.resumes, Cell::new(true));
-    flow.source("events", Events(plan))
-        .key_by(|event| event.key)
-        .aggregate(
-            || Wide { words: [0; WORDS] },
-            |wide, event| {
-                wide.words[0] += 1;
-                wide.words[WORDS - 1] = event.key;
-            },
-            |key, wide| [*key, wide.words[0], wide.words[WORDS - 1]],
-        )
-        .for_each(move |[key, count, last]| {
-            if resumes && is_first.replace(false) {
-                mark(&folder, &format!("first-{}", std::process::id()));
-                if *count < 2 || key != last {
-                    mark(&folder, "wrong");
-                }
+    let (windows, least) = (plan.windows, if plan.windows > 0 { 1 } else { 2 });
+    let see = move |[key, count, last]: &[u64; 3]| {
+        if resumes && is_first.replace(false) {
+            mark(&folder, &format!("first-{}", std::process::id()));
+            if *count < least || key != last {
+                mark(&folder, "wrong");
             }
-        });
+        }
+    };
+    let (init, emit) = (
+        || Wide { words: [0; WORDS] },
+        |key: &u64, wide: &Wide| [*key, wide.words[0], wide.words[WORDS - 1]],
+    );
+    let fold = |wide: &mut Wide, event: &Event| {
+        wide.words[0] += 1;
+        wide.words[WORDS - 1] = event.key;
+    };
+    let events = flow.source("events", Events(plan));
+    if windows == 0 {
+        return events.key_by(|event| event.key).aggregate(init, fold, emit).for_each(see);
+    }
+    let merge = |wide: &mut Wide, other: &Wide| wide.words[0] += other.words[0];
+    events
+        .event_time(Duration::from_millis(WINDOW_MS as u64 * windows), |event| event.at)
+        .key_by(|event| event.key)
+        .window(tumbling(Duration::from_millis(WINDOW_MS as u64)), |event| event.at)
+        .aggregate(init, fold, merge, move |key, _, wide| emit(key, wide))
+        .for_each(see);
 }
 
 /// What a started process does.
@@ -326,14 +364,18 @@ impl Drop for Group {
 
 /// Measures.
 pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
-    if args.state_mib == 0 || args.rate == 0 || args.runs == 0 {
-        return Err(Failure::Usage("--state-mib, --rate and --runs must be at least 1".into()));
+    let then = args.resumed_workers;
+    if args.state_mib == 0 || then == Some(0) || args.rate == 0 || args.runs == 0 {
+        return Err(Failure::Usage(
+            "--state-mib, --rate, --runs and --resumed-workers must be at least 1".into(),
+        ));
     }
     let folder = scratch::Folder::on_disk(args.folder.as_deref())?;
     let settings = args.engine.settings("perf-restore")?;
     let plan = Plan {
         keys: ((args.state_mib << 10) as f64 * FILLED) as u64,
         rate: args.rate,
+        windows: args.windows,
         marks: folder.path().join("marks"),
         checkpoints: folder.path().join("checkpoints"),
         workers: settings.workers,
@@ -348,10 +390,13 @@ pub fn run(args: &Args) -> Result<Vec<Line>, Failure> {
     params.insert("state_mib".into(), (bytes >> 20).into());
     params.insert("keys".into(), plan.keys.into());
     params.insert("rate".into(), args.rate.into());
+    params.insert("windows".into(), args.windows.into());
+    params.insert("resumed_workers".into(), then.unwrap_or(plan.workers).into());
     args.engine.describe(&settings, &mut params);
     let (regime, measured) = regime::around(|| {
-        let lazy = several(&plan, args.runs, false)?;
-        let eager = if args.no_eager { Vec::new() } else { several(&plan, args.runs, true)? };
+        let then = Plan { workers: then.unwrap_or(plan.workers), ..plan.clone() };
+        let lazy = several(&then, args.runs, false)?;
+        let eager = if args.no_eager { Vec::new() } else { several(&then, args.runs, true)? };
         let raw = (0..args.runs).map(|_| {
             forget(&plan.checkpoints)?;
             raw::read(&files)

@@ -5,9 +5,10 @@
 use crate::config::SettingsArgs;
 use crate::error::Error;
 use crate::flow::Flow;
+use crate::keeper::{self, Line};
 use crate::supervisor::launch::Launch;
-use crate::supervisor::watch::{Events, signal_fd};
-use crate::worker::entry;
+use crate::supervisor::watch::Events;
+use crate::worker::{entry, inspect};
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -31,57 +32,101 @@ const ABOUT: &str =
 /// Runs a job with the standard command line: the whole main of a job's program.
 ///
 /// `build` describes the flow from the job's own options (a type that derives `clap::Args`). It
-/// runs in the launching process and again in every worker, and must describe the same flow each
-/// time.
+/// runs in the supervisor, which the launched process starts and replaces when it dies, and again
+/// in every worker, and must describe the same flow each time.
 pub fn main<O: Args>(build: impl Fn(&Flow, &O)) -> ExitCode {
     main_with(build, |_, _| Ok(()))
 }
 
-/// As [`main`], calling `after` in the launching process once the job has ended well.
+/// As [`main`], calling `after` once the job has ended well, in the process that led it last.
 pub fn main_with<O: Args>(
     build: impl Fn(&Flow, &O),
     after: impl FnOnce(&O, &crate::supervisor::report::Report) -> Result<(), String>,
 ) -> ExitCode {
     crate::init();
-    let program = program_name();
+    let role = keeper::role::take();
+    let program = role.as_ref().map_or_else(program_name, |role| role.name.clone());
     // Said here: the flattened arguments' own comments would stand in its place otherwise.
     let command = Command::<O>::command().about(ABOUT).long_about(None);
     let parsed = command
         .try_get_matches()
         .and_then(|matches| Command::<O>::from_arg_matches(&matches))
-        .unwrap_or_else(|error| error.exit());
+        .unwrap_or_else(|error| match inspect::asked() {
+            Some(asked) => {
+                inspect::refuse(asked, format!("it does not take the job's arguments: {error}"))
+            }
+            None => error.exit(),
+        });
+    if let Some(asked) = inspect::asked() {
+        inspect::describe(asked, |flow, _| build(flow, &parsed.options));
+    }
     if let Some(role) = entry::role() {
         entry::run(role, |flow, _| build(flow, &parsed.options));
     }
-    match launch(&program, parsed, &build, after) {
-        Ok(()) => ExitCode::SUCCESS,
+    let done = match role {
+        None => match begin(&program, parsed, &build) {
+            Ok(true) => return keeper::keep(&program),
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        },
+        Some(role) => lead(role, &program, parsed, &build, after),
+    };
+    let code = match done {
+        Ok(()) => 0,
         Err(error) => {
             crate::say!("{program}: {error}");
-            ExitCode::from(error.exit_code())
+            error.exit_code()
         }
+    };
+    // Who has led the job ends it; who could not take it over leaves it to the next.
+    if let Some(line) = keeper::line().filter(|line| line.is_leader()) {
+        line.over(code);
     }
+    ExitCode::from(code)
 }
 
-fn launch<O: Args>(
+/// In the launched process: says what is wrong with the settings, or explains the job. True when
+/// there is a job to keep.
+fn begin<O: Args>(
+    program: &str,
+    parsed: Command<O>,
+    build: &impl Fn(&Flow, &O),
+) -> Result<bool, Error> {
+    let settings = parsed.settings.resolve(program)?;
+    if !settings.explain {
+        return Ok(true);
+    }
+    let launch = Launch { settings, parameters: String::new(), entry: 0, keeper: None };
+    let text = launch.explain(|flow: &Flow| build(flow, &parsed.options))?;
+    // A reader that has seen enough of it is no error.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+    Ok(false)
+}
+
+/// In a supervisor: leads the job to its end.
+fn lead<O: Args>(
+    role: keeper::role::Role,
     program: &str,
     parsed: Command<O>,
     build: &impl Fn(&Flow, &O),
     after: impl FnOnce(&O, &crate::supervisor::report::Report) -> Result<(), String>,
 ) -> Result<(), Error> {
+    crate::supervisor::launch::name_supervisor();
+    let line: &'static Line = keeper::line::open(role)?;
+    crate::testing::arm_supervisor();
     let settings = parsed.settings.resolve(program)?;
     let options = parsed.options;
     let draw = |flow: &Flow| build(flow, &options);
-    let (form, explain) = (settings.report, settings.explain);
-    let mut launch = Launch { settings, parameters: String::new(), entry: 0, signals: None };
-    if explain {
-        print!("{}", launch.explain(draw)?);
-        return Ok(());
-    }
-    launch.signals = Some(signal_fd()?);
-    crate::supervisor::launch::name_supervisor();
+    let form = settings.report;
+    let launch = Launch { settings, parameters: String::new(), entry: 0, keeper: Some(line) };
     let report = launch.run(draw, Arc::<Events>::default(), |_| ())?;
+    line.ending()?;
     crate::say_part!("{}", report.text(form));
-    after(&options, &report).map_err(|message| Error::job("after the job", message))
+    after(&options, &report).map_err(|message| Error::job("after the job", message))?;
+    match report.put_aside() {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
 }
 
 /// The program's file name: the job's default name.

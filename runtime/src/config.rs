@@ -8,6 +8,7 @@ use crate::checkpoint::schedule::{Schedule, parse_duration};
 use crate::error::Error;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -41,6 +42,53 @@ pub enum Completeness {
     Partial,
 }
 
+/// What takes over when a worker dies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "u8")]
+pub enum Tier {
+    /// Tier 1: a process that follows the worker step by step, with state of its own.
+    #[value(name = "1")]
+    Replica,
+    /// Tier 2: a process that waits beside the workers with everything mapped.
+    #[value(name = "2")]
+    Standby,
+    /// Tier 3: a new process, started then.
+    #[default]
+    #[value(name = "3")]
+    Respawn,
+}
+
+impl From<Tier> for u8 {
+    fn from(tier: Tier) -> Self {
+        match tier {
+            Tier::Replica => 1,
+            Tier::Standby => 2,
+            Tier::Respawn => 3,
+        }
+    }
+}
+
+impl TryFrom<Written> for Tier {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        let text = match written {
+            Written::Number(number) => number.to_string(),
+            Written::Text(text) => text,
+        };
+        Self::from_str(&text, false)
+            .map_err(|_| format!("{text:?} is no tier; there are 1, 2 and 3"))
+    }
+}
+
+/// A value that a file may give as a number or as text.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Number(usize),
+    Text(String),
+}
+
 /// A number of bytes, written plainly or with KiB, MiB or GiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(transparent)]
@@ -71,14 +119,47 @@ impl std::str::FromStr for Bytes {
 
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Written::deserialize(deserializer)? {
+            Written::Number(bytes) => Ok(Self(bytes)),
+            Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+/// How often a worker may die without a commit in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestartBudget {
+    /// So many deaths in a row are survived.
+    pub deaths: u32,
+    /// Only those within this time count.
+    pub period: Option<Duration>,
+}
+
+impl std::str::FromStr for RestartBudget {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (deaths, period) = match text.split_once('/') {
+            Some((deaths, period)) => (deaths, Some(parse_duration(period)?)),
+            None => (text, None),
+        };
+        let number = deaths.trim().parse();
+        let deaths = number
+            .map_err(|_| format!("{text:?} is not a number of deaths, such as 8, or 10/1m"))?;
+        Ok(Self { deaths, period })
+    }
+}
+
+impl<'de> Deserialize<'de> for RestartBudget {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Written {
-            Number(usize),
+            Number(u32),
             Text(String),
         }
         match Written::deserialize(deserializer)? {
-            Written::Number(bytes) => Ok(Self(bytes)),
+            Written::Number(deaths) => Ok(Self { deaths, period: None }),
             Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
         }
     }
@@ -116,6 +197,10 @@ pub struct SettingsArgs {
     /// Read so many records a second, all sources together
     #[arg(long, value_name = "N")]
     rate: Option<u64>,
+    /// File for what the job prints, exact across crashes; further prints go to FILE.2 and so on
+    /// [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    print_to: Option<PathBuf>,
     /// File for refused input lines [default: they are only counted]
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
@@ -125,19 +210,45 @@ pub struct SettingsArgs {
     /// Read each input file whole, honouring line ends inside quotes
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     no_split: Option<bool>,
-    /// Whether producers wait for a dead consumer or drop records for it [default: full]
+    /// Whether producers wait for a dead consumer or drop records for it [default: full, if every
+    /// source can be read again]
     #[arg(long, value_enum)]
     completeness: Option<Completeness>,
-    /// Deaths of a worker in a row, without a commit in between, after which the job fails
-    /// [default: 8]
+    /// Longest that a batch may wait between two workers, such as 5ms [default: no limit]
+    #[arg(long, value_name = "TIME")]
+    max_latency: Option<String>,
+    /// Longest that the recovery of a worker may take, such as 20ms [default: no limit]
+    #[arg(long, value_name = "TIME")]
+    max_recovery: Option<String>,
+    /// Deaths of a worker in a row, without a commit in between, that the job survives; with a
+    /// period, those within it, such as 10/1m [default: 8]
+    #[arg(long, value_name = "N[/TIME]", visible_alias = "restart-budget")]
+    #[serde(alias = "restart-budget")]
+    max_restarts: Option<RestartBudget>,
+    /// Time without a finished step after which a worker that has something to do is killed; 0
+    /// for never [default: 10s]
+    #[arg(long, value_name = "TIME")]
+    hang_timeout: Option<String>,
+    /// File for records that killed their worker again and again
+    /// [default: NAME.dead-letters.jsonl beside the output]
+    #[arg(long, value_name = "FILE")]
+    dead_letters: Option<PathBuf>,
+    /// What takes over when a worker dies: 2 a process that stands by, 3 a new one [default: 3, or
+    /// 2 where --max-recovery leaves less time than a new process may take]
+    #[arg(long, value_enum, value_name = "TIER")]
+    tier: Option<Tier>,
+    /// Standbys that the workers of tier 2 share [default: 1]
     #[arg(long, value_name = "N")]
-    restart_budget: Option<u32>,
+    standbys: Option<usize>,
     /// Take archived records from other workers without validating them
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     trust_records: Option<bool>,
     /// Folder for checkpoints; without one, none is taken
     #[arg(long, value_name = "DIR")]
     checkpoint_dir: Option<PathBuf>,
+    /// Second folder for checkpoints, used while the first one fails; best on another disk
+    #[arg(long, value_name = "DIR")]
+    checkpoint_dir_2: Option<PathBuf>,
     /// Time between two checkpoints, such as 200ms, 1s, 5m, or never [default: 10s]
     #[arg(long, value_name = "TIME")]
     checkpoint_interval: Option<Schedule>,
@@ -171,6 +282,13 @@ pub struct SettingsArgs {
     /// Resume although an operator that had state is not in the job any more
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     allow_dropped_state: Option<bool>,
+    /// Serve metrics for Prometheus, and /healthz, at this address: 127.0.0.1:PORT, or 127.0.0.1:0
+    /// for any free port
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Allow an address for --listen that other machines can reach
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    listen_openly: Option<bool>,
     /// Form of the final report on standard error [default: text]
     #[arg(long, value_enum)]
     report: Option<ReportForm>,
@@ -224,20 +342,40 @@ pub struct Settings {
     pub limit: Option<u64>,
     /// Records a second of all sources together.
     pub rate: Option<u64>,
+    /// File for what the job prints, instead of standard output.
+    pub print_to: Option<PathBuf>,
     /// File for refused input.
     pub rejects: Option<PathBuf>,
     /// Refused inputs of a source subtask after which the job fails.
     pub max_rejects: Option<u64>,
     /// Input files are not cut.
     pub no_split: bool,
-    /// What producers do when a consumer is dead.
-    pub completeness: Completeness,
-    /// Deaths in a row without a commit after which the job fails.
+    /// What producers do when a consumer is dead; by default what the job says, else full if every
+    /// source can be read again, partial if not.
+    pub completeness: Option<Completeness>,
+    /// The longest that a batch may wait between two workers.
+    pub max_latency: Option<Duration>,
+    /// The longest that the recovery of a worker may take.
+    pub max_recovery: Option<Duration>,
+    /// Deaths in a row without a commit that the job survives.
     pub restart_budget: u32,
+    /// Only those within this time count.
+    pub restart_period: Option<Duration>,
+    /// Time without a finished step after which a worker is killed; zero for never.
+    pub hang_timeout: Duration,
+    /// File for records that killed their worker again and again.
+    pub dead_letters: Option<PathBuf>,
+    /// What takes over when a worker dies, where its stage does not say otherwise; without a word
+    /// `max_recovery` decides.
+    pub tier: Option<Tier>,
+    /// Standbys that the workers of tier 2 share.
+    pub standbys: usize,
     /// Archived records are taken without validation.
     pub trust_records: bool,
     /// Folder for checkpoints.
     pub checkpoint_dir: Option<PathBuf>,
+    /// Second folder, used while the first one fails.
+    pub checkpoint_dir_2: Option<PathBuf>,
     /// When checkpoints are taken.
     pub checkpoints: Schedule,
     /// Bytes a second that all workers' checkpoints may write.
@@ -258,6 +396,10 @@ pub struct Settings {
     pub load_bandwidth: Option<u64>,
     /// State of operators that are not in the job any more may be dropped.
     pub allow_dropped_state: bool,
+    /// Where metrics are served.
+    pub listen: Option<SocketAddr>,
+    /// Other machines may be able to reach that.
+    pub listen_openly: bool,
     /// Form of the final report.
     pub report: ReportForm,
     /// Print the plan instead of running.
@@ -279,13 +421,22 @@ impl Default for Settings {
             huge_pages: false,
             limit: None,
             rate: None,
+            print_to: None,
             rejects: None,
             max_rejects: None,
             no_split: false,
-            completeness: Completeness::Full,
+            completeness: None,
+            max_latency: None,
+            max_recovery: None,
             restart_budget: 8,
+            restart_period: None,
+            hang_timeout: Duration::from_secs(10),
+            dead_letters: None,
+            tier: None,
+            standbys: 1,
             trust_records: false,
             checkpoint_dir: None,
+            checkpoint_dir_2: None,
             checkpoints: Schedule::Every(Duration::from_secs(10)),
             checkpoint_bandwidth: None,
             checkpoint_memory: 256 << 20,
@@ -296,6 +447,8 @@ impl Default for Settings {
             resume_from: None,
             load_bandwidth: None,
             allow_dropped_state: false,
+            listen: None,
+            listen_openly: false,
             report: ReportForm::Text,
             explain: false,
             progress: true,
@@ -338,13 +491,21 @@ impl SettingsArgs {
             huge_pages: self.huge_pages.or(other.huge_pages),
             limit: self.limit.or(other.limit),
             rate: self.rate.or(other.rate),
+            print_to: self.print_to.or(other.print_to),
             rejects: self.rejects.or(other.rejects),
             max_rejects: self.max_rejects.or(other.max_rejects),
             no_split: self.no_split.or(other.no_split),
             completeness: self.completeness.or(other.completeness),
-            restart_budget: self.restart_budget.or(other.restart_budget),
+            max_latency: self.max_latency.or(other.max_latency),
+            max_recovery: self.max_recovery.or(other.max_recovery),
+            max_restarts: self.max_restarts.or(other.max_restarts),
+            hang_timeout: self.hang_timeout.or(other.hang_timeout),
+            dead_letters: self.dead_letters.or(other.dead_letters),
+            tier: self.tier.or(other.tier),
+            standbys: self.standbys.or(other.standbys),
             trust_records: self.trust_records.or(other.trust_records),
             checkpoint_dir: self.checkpoint_dir.or(other.checkpoint_dir),
+            checkpoint_dir_2: self.checkpoint_dir_2.or(other.checkpoint_dir_2),
             checkpoint_interval: self.checkpoint_interval.or(other.checkpoint_interval),
             checkpoint_at: self.checkpoint_at.or(other.checkpoint_at),
             checkpoint_bandwidth: self.checkpoint_bandwidth.or(other.checkpoint_bandwidth),
@@ -356,6 +517,8 @@ impl SettingsArgs {
             resume_from: self.resume_from.or(other.resume_from),
             load_bandwidth: self.load_bandwidth.or(other.load_bandwidth),
             allow_dropped_state: self.allow_dropped_state.or(other.allow_dropped_state),
+            listen: self.listen.or(other.listen),
+            listen_openly: self.listen_openly.or(other.listen_openly),
             report: self.report.or(other.report),
             explain: self.explain.or(other.explain),
             no_progress: self.no_progress.or(other.no_progress),
@@ -379,13 +542,27 @@ impl SettingsArgs {
             huge_pages: self.huge_pages.unwrap_or(base.huge_pages),
             limit: self.limit.or(base.limit),
             rate: self.rate.or(base.rate),
+            print_to: self.print_to.or(base.print_to),
             rejects: self.rejects.or(base.rejects),
             max_rejects: self.max_rejects.or(base.max_rejects),
             no_split: self.no_split.unwrap_or(base.no_split),
-            completeness: self.completeness.unwrap_or(base.completeness),
-            restart_budget: self.restart_budget.unwrap_or(base.restart_budget),
+            completeness: self.completeness.or(base.completeness),
+            max_latency: limit("--max-latency", self.max_latency.as_deref(), base.max_latency)?,
+            max_recovery: limit("--max-recovery", self.max_recovery.as_deref(), base.max_recovery)?,
+            restart_budget: self.max_restarts.map_or(base.restart_budget, |max| max.deaths),
+            restart_period: self.max_restarts.map_or(base.restart_period, |max| max.period),
+            hang_timeout: match self.hang_timeout.as_deref() {
+                None => base.hang_timeout,
+                Some("0" | "never") => Duration::ZERO,
+                Some(text) => parse_duration(text)
+                    .map_err(|why| Error::Usage(format!("--hang-timeout: {why}")))?,
+            },
+            dead_letters: self.dead_letters.or(base.dead_letters),
+            tier: self.tier.or(base.tier),
+            standbys: self.standbys.unwrap_or(base.standbys),
             trust_records: self.trust_records.unwrap_or(base.trust_records),
             checkpoint_dir: self.checkpoint_dir.or(base.checkpoint_dir),
+            checkpoint_dir_2: self.checkpoint_dir_2.or(base.checkpoint_dir_2),
             // By the clock, if that was asked for on the same level or a nearer one.
             checkpoints: self
                 .checkpoint_at
@@ -408,6 +585,8 @@ impl SettingsArgs {
                 .load_bandwidth
                 .map_or(base.load_bandwidth, |bytes| Some(bytes.0 as u64)),
             allow_dropped_state: self.allow_dropped_state.unwrap_or(base.allow_dropped_state),
+            listen: self.listen.or(base.listen),
+            listen_openly: self.listen_openly.unwrap_or(base.listen_openly),
             report: self.report.unwrap_or(base.report),
             explain: self.explain.unwrap_or(base.explain),
             progress: !self.no_progress.unwrap_or(!base.progress),
@@ -444,6 +623,19 @@ impl Settings {
                 "--rate 0: a job that reads nothing never ends; leave it out for full speed".into(),
             );
         }
+        if self.standbys == 0 {
+            return usage("--standbys 0: tier 2 needs one at least; for none, --tier 3".into());
+        }
+        if let Some(address) = self.listen
+            && !address.ip().is_loopback()
+            && !self.listen_openly
+        {
+            return usage(format!(
+                "--listen {address}: other machines could reach it, and there is no password; \
+                 use 127.0.0.1:{}, or allow it with --listen-openly",
+                address.port()
+            ));
+        }
         self.check_checkpoints()?;
         let usable = usable_cores();
         if let Some(core) = self.cores.iter().find(|core| !usable.contains(core)) {
@@ -456,10 +648,22 @@ impl Settings {
 }
 
 impl Settings {
+    /// How often a worker may die without a commit in between.
+    #[must_use]
+    pub fn restarts(&self) -> RestartBudget {
+        RestartBudget { deaths: self.restart_budget, period: self.restart_period }
+    }
+
     fn check_checkpoints(&self) -> Result<(), Error> {
         let usage = |message: &str| Err(Error::Usage(message.into()));
         if self.checkpoint_dir.is_none() && (self.resume || self.resume_from.is_some()) {
             return usage("--resume needs --checkpoint-dir DIR: the folder to resume from");
+        }
+        if self.checkpoint_dir_2.is_some() && self.checkpoint_dir_2 == self.checkpoint_dir {
+            return usage("--checkpoint-dir-2 is the same folder as --checkpoint-dir");
+        }
+        if self.checkpoint_dir_2.is_some() && self.checkpoint_dir.is_none() {
+            return usage("--checkpoint-dir-2 needs --checkpoint-dir DIR: the folder before it");
         }
         if self.checkpoint_bandwidth == Some(0) || self.load_bandwidth == Some(0) {
             return usage(
@@ -470,6 +674,22 @@ impl Settings {
             return usage("--checkpoint-memory: at least 1MiB, or no checkpoint can be taken");
         }
         Ok(())
+    }
+}
+
+/// A time that is a limit.
+fn limit(
+    flag: &str,
+    text: Option<&str>,
+    base: Option<Duration>,
+) -> Result<Option<Duration>, Error> {
+    let Some(text) = text else { return Ok(base) };
+    let micros = text.strip_suffix("us").and_then(|number| number.parse().ok());
+    match micros.filter(|us| (1..1_000_000).contains(us)).map(Duration::from_micros) {
+        Some(limit) => Ok(Some(limit)),
+        None => parse_duration(text)
+            .map(Some)
+            .map_err(|why| Error::Usage(format!("{flag}: {why}; or in microseconds: 500us"))),
     }
 }
 

@@ -16,6 +16,8 @@
 //! The supervisor opens a [`ControlSocket`](socket::ControlSocket) and answers in its loop; the
 //! `testudo` tool is the client.
 
+pub mod history;
+
 pub mod protocol;
 
 pub mod folder;
@@ -26,4 +28,4 @@ mod serve;
 
 pub mod client;
 
-mod system;
+pub(crate) mod system;

@@ -7,8 +7,9 @@
 //! | 2 | bad command line or configuration |
 //! | 3 | the plan cannot be run: a stream goes nowhere, too many workers, an output in use |
 //! | 4 | the machine refused something: descriptors, memory, processes |
-//! | 5 | a worker kept dying without committing anything: the restart budget is used up |
+//! | 5 | workers or supervisors kept dying, or what one left does not verify, and nothing helped |
 //! | 6 | the checkpoint to resume from cannot be used: damaged, of another job, of another schema |
+//! | 7 | the job ended, but some records were put aside as dead letters (completeness full) |
 //! | 130 | stopped at once by a second SIGINT or SIGTERM |
 
 use std::fmt;
@@ -39,10 +40,33 @@ pub enum Error {
         /// Cause of the last one, with its last words.
         cause: String,
     },
+    /// What a worker left does not verify: what, and where.
+    Unsound(String),
+    /// A region, or the job, went back as often as it may, or could not.
+    Exhausted {
+        /// What was wrong at last.
+        cause: String,
+        /// All that was done about it, in order, and why no more.
+        taken: Vec<String>,
+    },
+    /// Supervisors died again and again.
+    Supervisor {
+        /// Deaths in a row.
+        deaths: u32,
+        /// Cause of the last one.
+        cause: String,
+    },
     /// The checkpoint to resume from cannot be used, or its folder.
     Checkpoint(String),
     /// A file of a checkpoint is not as it was written.
     Damaged(String),
+    /// The job ended, without records that killed their worker again and again.
+    PutAside {
+        /// How many.
+        records: u64,
+        /// The file that has them.
+        file: std::path::PathBuf,
+    },
     /// Stopped at once on request.
     Stopped,
 }
@@ -56,8 +80,10 @@ impl Error {
             Self::Usage(_) => 2,
             Self::Plan(_) => 3,
             Self::Machine(_) => 4,
-            Self::Budget { .. } => 5,
+            Self::Budget { .. } | Self::Supervisor { .. } => 5,
+            Self::Unsound(_) | Self::Exhausted { .. } => 5,
             Self::Checkpoint(_) | Self::Damaged(_) => 6,
+            Self::PutAside { .. } => 7,
             Self::Stopped => 130,
         }
     }
@@ -80,11 +106,26 @@ impl fmt::Display for Error {
             | Self::Plan(message)
             | Self::Machine(message)
             | Self::Checkpoint(message)
-            | Self::Damaged(message) => f.write_str(message),
+            | Self::Damaged(message)
+            | Self::Unsound(message) => f.write_str(message),
             Self::Budget { worker, deaths, cause } => write!(
                 f,
                 "worker {worker} died {deaths} times in a row without finishing a step ({cause}); \
-                 mend the cause, or raise --restart-budget"
+                 mend the cause, or raise --max-restarts"
+            ),
+            Self::Exhausted { cause, taken } => {
+                write!(f, "{cause}; what was done about it: {}", taken.join("; "))
+            }
+            Self::PutAside { records, file } => write!(
+                f,
+                "the results lack {records} records that killed their worker again and again; \
+                 they are in {}, with what they did",
+                file.display()
+            ),
+            Self::Supervisor { deaths, cause } => write!(
+                f,
+                "the supervisor died {deaths} times in a row (last: {cause}); the job was ended. \
+                 What it said is above; a job with checkpoints goes on with --resume"
             ),
             Self::Stopped => f.write_str("stopped before the end, on request"),
         }
@@ -101,7 +142,11 @@ impl From<testudo_shm::fault::SetupError> for Error {
 
 impl From<testudo_shm::cell::CellError> for Error {
     fn from(error: testudo_shm::cell::CellError) -> Self {
-        Self::Machine(format!("worker segment: {error}"))
+        let message = format!("worker segment: {error}");
+        match error {
+            testudo_shm::cell::CellError::Damaged => Self::Unsound(message),
+            _ => Self::Machine(message),
+        }
     }
 }
 

@@ -6,10 +6,14 @@
 //! every cut larger.)
 //!
 //! `route` decides which lane, `outlet` writes the lanes, `inlet` takes rings and hand-overs on the
-//! other side.
+//! other side; `account` counts both, `absent` knows which producers hold nobody up.
 
 pub(crate) mod route;
 
 pub(crate) mod outlet;
 
 pub(crate) mod inlet;
+
+pub(crate) mod account;
+
+pub(crate) mod absent;

@@ -14,6 +14,8 @@ pub mod keyed;
 
 pub mod windowed;
 
+pub mod migrate;
+
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::{EdgeKind, EdgeSpec, OperatorSpec, Output, StageSpec};
@@ -28,6 +30,9 @@ use testudo_shm::record::Record;
 /// Builds a stage in a worker; called once for each subtask that the worker runs.
 pub(crate) type Factory = Box<dyn FnOnce(&mut Attach) -> Result<crate::worker::StageRef, Error>>;
 
+/// Lists the states that an operator declares, each with its name and type.
+pub(crate) type Lister = Box<dyn Fn() -> crate::plan::described::Declared>;
+
 #[derive(Default)]
 pub(crate) struct Draft {
     pub(crate) stages: Vec<StageSpec>,
@@ -38,9 +43,19 @@ pub(crate) struct Draft {
     pub(crate) outputs: Vec<(Output, usize)>,
     /// What the launching process needs of each sink.
     pub(crate) sinks: Vec<crate::sink::SinkHooks>,
+    /// Sources that cannot be read again.
+    pub(crate) read_once: Vec<(usize, String)>,
+    /// What the job itself promises.
+    pub(crate) wanted: crate::slo::Wanted,
     /// Files that sources read.
     pub(crate) inputs: Vec<std::path::PathBuf>,
     pub(crate) user_counters: Vec<String>,
+    /// For process operators: the states that they declare.
+    pub(crate) declared: Vec<(usize, Lister)>,
+    /// How values of operators are migrated that were of other types.
+    pub(crate) movers: Vec<(usize, crate::operator::migrate::Mover)>,
+    /// Streams that are printed to files.
+    pub(crate) prints: usize,
     /// What each source's survey found, in the order of the sources.
     pub(crate) surveys: Vec<String>,
     pub(crate) errors: Vec<String>,
@@ -118,6 +133,9 @@ impl Flow {
             Ok(false) => divide_limit = self.settings.limit,
             Err(message) => self.error(format!("source {name}: {message}")),
         }
+        if !source.is_replayable() {
+            self.draft.borrow_mut().read_once.push((operator, format!("source {name}")));
+        }
         self.draft.borrow_mut().inputs.extend(source.inputs());
         let source = Rc::new(source);
         let rejects = source.may_reject().then(|| self.rejects_edge(stage, name)).flatten();
@@ -169,6 +187,17 @@ impl Flow {
 
     pub(crate) fn error(&self, message: String) {
         self.draft.borrow_mut().errors.push(message);
+    }
+
+    /// The file that the next stream to be printed goes to, if the settings name one.
+    pub(crate) fn next_print(&self) -> Option<std::path::PathBuf> {
+        let mut path = self.settings.print_to.clone()?;
+        let mut draft = self.draft.borrow_mut();
+        draft.prints += 1;
+        if draft.prints > 1 {
+            path.as_mut_os_string().push(format!(".{}", draft.prints));
+        }
+        Some(path)
     }
 
     /// The stage that writes all sources' rejects, and an edge to it; `None` when no file was asked

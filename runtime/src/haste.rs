@@ -6,13 +6,13 @@
 //! Where the machine allows it (root, CAP_SYS_NICE or RLIMIT_RTPRIO), the supervisor's thread takes
 //! the lowest real-time priority; elsewhere a short time slice, which brings its turns forward
 //! without more of them (Linux 6.12; without effect before). A worker inherits either, and gives it
-//! up after its first step. A step that never ends is throttled by the kernel, as every real-time
-//! thread is.
+//! up after its first step; a standby that takes over runs even before the supervisor. A step that
+//! never ends is throttled by the kernel, as every real-time thread is.
 //!
 //! Invariants: who has chosen a scheduling policy keeps it; what the user's code starts has the
 //! usual priority; nothing here is needed to be correct, so no failure is reported.
 //!
-//! Called by `recover` (the supervisor's thread), `entry` and `step` (the worker).
+//! Called by `recover` (the supervisor's thread), `entry` and `step` (the worker), `standby`.
 
 #![expect(unsafe_code, reason = "scheduling calls")]
 
@@ -48,7 +48,7 @@ impl Haste {
     /// Raises the calling thread's priority; `None` where it has a policy of its own, or the kernel
     /// refuses.
     pub(crate) fn begin() -> Option<Self> {
-        (policy() == libc::SCHED_OTHER && (real_time(0) || slice(SLICE_NS, 0)))
+        (policy() == libc::SCHED_OTHER && (real_time(1, 0) || slice(SLICE_NS, 0)))
             .then_some(Self { of_this_thread: PhantomData })
     }
 }
@@ -62,7 +62,7 @@ impl Drop for Haste {
 /// In a worker that inherited haste: what the user's code starts shall not.
 pub(crate) fn inherited() {
     if policy() == libc::SCHED_RR {
-        real_time(FOR_ITSELF);
+        real_time(1, FOR_ITSELF);
     } else {
         slice(SLICE_NS, FOR_ITSELF);
     }
@@ -74,15 +74,44 @@ pub(crate) fn end() {
     slice(0, FOR_ITSELF);
 }
 
+/// In a successor that was prepared at the usual priority, now that its turn has come: as a worker
+/// that inherited haste.
+pub(crate) fn again() {
+    if policy() == libc::SCHED_OTHER && !real_time(1, FOR_ITSELF) {
+        slice(SLICE_NS, FOR_ITSELF);
+    }
+}
+
+/// In a standby: the supervisor hears of the same death, and its books can wait.
+pub(crate) fn ahead() {
+    if policy() == libc::SCHED_OTHER && !real_time(2, FOR_ITSELF) {
+        again();
+    }
+}
+
+/// In a worker that gives way: all that is left for it to do is to end, and its successor wants the
+/// core. Whoever has chosen a policy keeps it.
+pub(crate) fn give_way() {
+    if policy() == libc::SCHED_OTHER {
+        set(SchedAttr {
+            policy: libc::SCHED_IDLE as u32,
+            flags: FOR_ITSELF,
+            ..SchedAttr::default()
+        });
+    }
+}
+
 /// The calling thread's scheduling policy.
 fn policy() -> i32 {
     // SAFETY: plain system call on the calling thread.
-    unsafe { libc::sched_getscheduler(0) }
+    let policy = unsafe { libc::sched_getscheduler(0) };
+    // What is not inherited is said in the same number.
+    policy & !libc::SCHED_RESET_ON_FORK
 }
 
-/// Gives the calling thread the lowest real-time priority.
-fn real_time(flags: u64) -> bool {
-    set(SchedAttr { policy: libc::SCHED_RR as u32, flags, priority: 1, ..SchedAttr::default() })
+/// Gives the calling thread a real-time priority; the lowest is 1.
+fn real_time(priority: u32, flags: u64) -> bool {
+    set(SchedAttr { policy: libc::SCHED_RR as u32, flags, priority, ..SchedAttr::default() })
 }
 
 /// Gives the calling thread a fair share, in slices of so many nanoseconds; 0 is the usual.

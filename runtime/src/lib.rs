@@ -33,6 +33,8 @@ pub mod error;
 
 pub mod config;
 
+pub mod slo;
+
 pub mod cli;
 
 pub mod flow;
@@ -52,6 +54,8 @@ pub mod time;
 pub mod sink;
 
 mod haste;
+
+mod keeper;
 
 pub mod worker;
 
@@ -90,7 +94,7 @@ pub fn init() {
 /// What most jobs need.
 pub mod prelude {
     pub use crate::cli::NoOptions;
-    pub use crate::config::Settings;
+    pub use crate::config::{Completeness, Settings, Tier};
     pub use crate::flow::Flow;
     pub use crate::flow::windowed::Bounds;
     pub use crate::operator::expire::Ttl;

@@ -4,13 +4,25 @@
 //! User counters are added to in thread-local memory by the user's closures and written into cells
 //! before each commit, so they count exactly what was committed.
 //!
+//! `figures` is all that a running job can tell in numbers, `text` its form for Prometheus, `serve`
+//! the small server for that.
+//!
 //! Called by user code ([`Counter`]) and by the step loop.
 
+pub mod figures;
+
+pub(crate) mod text;
+
+pub(crate) mod serve;
+
+use crate::supervisor::recover::stop::UNSOUND;
 use crate::worker::context::{CounterPlace, Cx};
 use std::cell::RefCell;
 use testudo_shm::header::WorkerHeader;
 use testudo_shm::last_words::LastWords;
+use testudo_shm::obituary::{Kind, Obituary};
 use testudo_shm::primitive::Ordering;
+use testudo_state::StateError;
 
 thread_local! {
     static PENDING: RefCell<Vec<u64>> = const { RefCell::new(Vec::new()) };
@@ -71,10 +83,14 @@ pub(crate) fn note_gap(header: &WorkerHeader, now: u64) {
 }
 
 /// Makes panics write their message, place and backtrace to the page before the process aborts.
-pub(crate) fn set_panic_page(page: &'static LastWords) {
+pub(crate) fn set_panic_page(page: &'static LastWords, obituary: &'static Obituary) {
     std::panic::set_hook(Box::new(move |info| {
+        obituary.say(Kind::Panic);
         let backtrace = std::backtrace::Backtrace::force_capture();
-        let text = format!("{info}\n{backtrace}");
+        let text = match info.payload().downcast_ref::<StateError>() {
+            Some(found) => format!("{UNSOUND}{found}\n{backtrace}"),
+            None => format!("{info}\n{backtrace}"),
+        };
         page.write(&text);
         // A panic must not unwind through a half-done step, whatever the profile says (R11).
         std::process::abort();

@@ -27,6 +27,8 @@ pub(crate) mod process;
 
 pub(crate) mod expire;
 
+pub(crate) mod migrate;
+
 use crate::worker::context::Cx;
 use testudo_shm::record::{Batch, Item, Record, Scratch};
 
@@ -127,6 +129,9 @@ pub trait Stage {
 pub trait Intake<T: Record> {
     /// Records that may be handed over now.
     fn room(&mut self, cx: &mut Cx) -> usize;
+
+    /// With care: what is taken next comes from the local producer on `channel`.
+    fn hands_over(&mut self, channel: usize);
 
     /// Takes a batch from the local producer.
     fn take_batch(&mut self, cx: &mut Cx, batch: Batch<'_, T>);

@@ -2,17 +2,21 @@
 //! and the settings, so every process of a job computes the same one; its hash is compared on
 //! attach.
 //!
-//! `layout` says where every byte lies, `explain` prints all of it.
+//! `layout` says where every byte lies, `explain` prints all of it, `described` compares it with
+//! that of another program.
 
 pub(crate) mod layout;
 
 pub(crate) mod explain;
 
+pub(crate) mod described;
+
 use crate::checkpoint::notes::{Edge, Shape};
 use crate::checkpoint::regions::Regions;
-use crate::config::Settings;
+use crate::config::{Settings, Tier};
 use crate::error::Error;
 use crate::flow::Draft;
+use crate::slo::Slo;
 use crate::source::Subtask;
 use layout::Layout;
 use std::path::PathBuf;
@@ -30,11 +34,13 @@ pub(crate) struct StageSpec {
     pub(crate) name: String,
     pub(crate) parallelism: Option<usize>,
     pub(crate) isolated: bool,
+    /// What takes over for its workers, where that is not what the job says.
+    pub(crate) tier: Option<Tier>,
 }
 
 impl StageSpec {
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.into(), parallelism: None, isolated: false }
+        Self { name: name.into(), parallelism: None, isolated: false, tier: None }
     }
 }
 
@@ -47,11 +53,24 @@ pub(crate) struct OperatorSpec {
     pub(crate) uid: Option<String>,
     /// Key groups of its state, and a hash of its key's layout.
     pub(crate) state: Option<StateSpec>,
+    /// What its state depends on besides types: a window's size.
+    pub(crate) detail: String,
+    /// Other types that its values may be of when it begins.
+    pub(crate) migrates: Vec<Migrates>,
+}
+
+/// A type that an operator's values are migrated from.
+#[derive(Debug, Clone)]
+pub(crate) struct Migrates {
+    pub(crate) from: described::Type,
+    /// Of keys and such values together.
+    pub(crate) schema: u64,
 }
 
 impl OperatorSpec {
     pub(crate) fn new(stage: usize, name: &str, kind: &'static str) -> Self {
-        Self { stage, name: name.into(), kind, uid: None, state: None }
+        let (name, detail) = (name.into(), String::new());
+        Self { stage, name, kind, uid: None, state: None, detail, migrates: Vec::new() }
     }
 }
 
@@ -59,7 +78,18 @@ impl OperatorSpec {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StateSpec {
     pub(crate) grouping: Grouping,
+    /// Of keys and values together.
     pub(crate) schema: u64,
+    /// Name and schema of the keys, and of the values.
+    pub(crate) key: (&'static str, u64),
+    pub(crate) value: (&'static str, u64),
+}
+
+impl StateSpec {
+    /// What a group's segment says of itself: its keys. Each named state in it tells its own types.
+    pub(crate) fn of_groups(&self) -> u64 {
+        testudo_shm::hash::schema("keys", &[self.key.1])
+    }
 }
 
 /// How an operator's state is divided.
@@ -134,11 +164,12 @@ pub(crate) enum CounterKind {
     Late,
     Rejected,
     Dropped,
+    DeadLettered,
 }
 
 impl CounterKind {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::In, Self::Out, Self::Late, Self::Rejected, Self::Dropped];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::In, Self::Out, Self::Late, Self::Rejected, Self::Dropped, Self::DeadLettered];
 
     pub(crate) fn label(self) -> &'static str {
         match self {
@@ -147,6 +178,7 @@ impl CounterKind {
             Self::Late => "late",
             Self::Rejected => "rejected",
             Self::Dropped => "dropped",
+            Self::DeadLettered => "dead_lettered",
         }
     }
 }
@@ -167,6 +199,8 @@ pub(crate) type Process = usize;
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
     pub(crate) workers: usize,
+    /// What takes over for each worker. Not a part of the hash: it changes no result.
+    pub(crate) tiers: Vec<Tier>,
     pub(crate) stages: Vec<Stage>,
     pub(crate) edges: Vec<EdgeSpec>,
     pub(crate) operators: Vec<OperatorSpec>,
@@ -175,11 +209,37 @@ pub(crate) struct Plan {
     pub(crate) outputs: Vec<(Output, usize)>,
     /// Files that sources read.
     pub(crate) inputs: Vec<PathBuf>,
+    /// Sources that cannot be read again.
+    pub(crate) read_once: Vec<usize>,
     pub(crate) key_groups: usize,
+    /// What the job promises.
+    pub(crate) slo: Slo,
     pub(crate) layout: Layout,
     /// Workers that share no data with others: each has its own cuts.
     pub(crate) regions: Regions,
     pub(crate) hash: u64,
+}
+
+/// How many subtasks a stage has; whether it can have them, and what else it asks for.
+fn subtasks(draft: &Draft, index: usize, settings: &Settings) -> Result<usize, Error> {
+    let spec = &draft.stages[index];
+    let subtasks = spec.parallelism.unwrap_or(settings.workers);
+    if subtasks == 0 || (!spec.isolated && subtasks > settings.workers) {
+        return Err(Error::Plan(format!(
+            "stage {} has parallelism {subtasks}, but the job has {} workers: \
+             lower it, isolate the stage, or raise --workers",
+            stage_label(draft, index),
+            settings.workers
+        )));
+    }
+    if !spec.isolated && spec.tier.is_some() {
+        return Err(Error::Plan(format!(
+            "stage {} has a tier, but no process of its own: isolate it, \
+             or set --tier for all workers",
+            stage_label(draft, index)
+        )));
+    }
+    Ok(subtasks)
 }
 
 impl Plan {
@@ -188,19 +248,15 @@ impl Plan {
         check(draft)?;
         let mut stages = Vec::new();
         let mut workers = settings.workers;
+        let slo = Slo::settle(draft, settings);
+        let tier = settings.tier.unwrap_or(slo.tier());
+        let mut tiers = vec![tier; workers];
         for (index, spec) in draft.stages.iter().enumerate() {
-            let subtasks = spec.parallelism.unwrap_or(settings.workers);
-            if subtasks == 0 || (!spec.isolated && subtasks > settings.workers) {
-                return Err(Error::Plan(format!(
-                    "stage {} has parallelism {subtasks}, but the job has {} workers: \
-                     lower it, isolate the stage, or raise --workers",
-                    stage_label(draft, index),
-                    settings.workers
-                )));
-            }
+            let subtasks = subtasks(draft, index, settings)?;
             let first = if spec.isolated { workers } else { 0 };
             if spec.isolated {
                 workers += subtasks;
+                tiers.resize(workers, spec.tier.unwrap_or(tier));
             }
             let workers = (first..first + subtasks).collect();
             stages.push(Stage {
@@ -218,7 +274,7 @@ impl Plan {
         let mut operators = draft.operators.clone();
         give_uids(&mut operators)?;
         let key_groups = settings.key_groups;
-        let layout = Layout::new(
+        let mut layout = Layout::new(
             workers,
             &stages,
             &draft.edges,
@@ -227,15 +283,20 @@ impl Plan {
             settings,
         )?;
         check_rings(&layout, &draft.edges)?;
+        check_tiers(&tiers, &slo)?;
+        layout.place_follows((0..workers).filter(|worker| tiers[*worker] == Tier::Replica));
         let mut plan = Self {
             workers,
+            tiers,
             stages,
             edges: draft.edges.clone(),
             operators,
             user_counters: draft.user_counters.clone(),
             outputs: draft.outputs.clone(),
             inputs: draft.inputs.clone(),
+            read_once: draft.read_once.iter().map(|(source, _)| *source).collect(),
             key_groups,
+            slo,
             regions: regions(workers, &layout),
             layout,
             hash: 0,
@@ -244,18 +305,22 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Of what must be equal in all processes that share the job's memory, whatever program they
+    /// run: not names of stages, not operators that are code alone, and not the types of values,
+    /// which each group's segment tells.
     fn compute_hash(&self) -> u64 {
         let mut parts =
             vec![self.workers as u64, self.key_groups as u64, self.layout.arena_bytes as u64];
         for stage in &self.stages {
-            parts.push(schema(&stage.name, &[stage.workers.len() as u64]));
+            parts.extend(stage.workers.iter().map(|worker| *worker as u64));
+            parts.push(u64::MAX);
         }
         for edge in &self.edges {
             let end = |end: Option<usize>| end.map_or(u64::MAX, |stage| stage as u64);
             parts.push(schema(edge.kind.label(), &[end(edge.from), end(edge.to), edge.schema]));
         }
-        for operator in &self.operators {
-            let state = operator.state.map_or(0, |state| state.schema);
+        for operator in self.operators.iter().filter(|operator| operator.is_bound()) {
+            let state = operator.state.map_or(0, |state| state.key.1);
             parts.push(schema(operator.uid(), &[operator.stage as u64, state]));
         }
         schema("plan", &parts)
@@ -273,7 +338,7 @@ impl Plan {
             let end = |end: Option<usize>| end.map_or(u64::MAX, |stage| stage as u64);
             parts.push(schema(edge.kind.label(), &[end(edge.from), end(edge.to), edge.schema]));
         }
-        for operator in &self.operators {
+        for operator in self.operators.iter().filter(|operator| operator.is_bound()) {
             parts.push(schema(operator.uid(), &[operator.stage as u64]));
         }
         schema("shape", &parts)
@@ -290,6 +355,23 @@ impl Plan {
             operators: own.chain(operators.filter(is_inlet).map(named)).collect(),
             edges: self.edges.iter().map(as_edge).collect(),
         }
+    }
+
+    /// Schema of keys and values of each operator with state, by uid.
+    pub(crate) fn states(&self) -> Vec<(String, u64)> {
+        let state = |operator: &OperatorSpec| {
+            operator.state.map(|state| (operator.uid().to_owned(), state.schema))
+        };
+        self.operators.iter().filter_map(state).collect()
+    }
+
+    /// The workers that each standby of the job is for; behind them the replicas, each for one.
+    pub(crate) fn standbys(&self, settings: &Settings) -> Vec<Vec<Process>> {
+        let of = |tier| (0..self.workers).filter(move |worker| self.tiers[*worker] == tier);
+        let workers: Vec<Process> = of(Tier::Standby).collect();
+        let count = settings.standbys.min(workers.len());
+        let share = |index| workers.iter().skip(index).step_by(count).copied().collect();
+        (0..count).map(share).chain(of(Tier::Replica).map(|worker| vec![worker])).collect()
     }
 
     /// The launching process, as a process index.
@@ -317,6 +399,12 @@ impl Plan {
 }
 
 impl OperatorSpec {
+    /// Whether something outlives a process by its uid: positions, state, or its end of an
+    /// exchange. Others are code alone.
+    pub(crate) fn is_bound(&self) -> bool {
+        self.state.is_some() || matches!(self.kind, "source" | "sink" | "inlet")
+    }
+
     /// The identity by which its state is found.
     pub(crate) fn uid(&self) -> &str {
         self.uid.as_deref().unwrap_or(&self.name)
@@ -363,6 +451,19 @@ fn check(draft: &Draft) -> Result<(), Error> {
         if edge.record_bytes.is_some_and(|bytes| bytes == 0) {
             return Err(Error::Plan(format!("record type {} has no bytes", edge.record)));
         }
+    }
+    Ok(())
+}
+
+/// A replica can follow what its worker says that it did; what is dropped because a peer is down is
+/// not said.
+fn check_tiers(tiers: &[Tier], slo: &Slo) -> Result<(), Error> {
+    if slo.is_partial() && tiers.contains(&Tier::Replica) {
+        return Err(Error::Plan(
+            "tier 1 needs --completeness full: when peers drop records, no replica can do as its \
+             worker did; use --tier 2"
+                .into(),
+        ));
     }
     Ok(())
 }

@@ -8,6 +8,11 @@
 //! When the machine dies, the job goes on from a checkpoint, and with it the position. A sink that
 //! cannot take back what it has shown (a table, a queue) shows it in two phases: see [`Writer`].
 //!
+//! A system outside that refuses for a while (a full disk) ends no job: see [`Writer::outage`]. The
+//! step's output is kept in the worker's segment (`holding`), the step is committed, and the sink
+//! has no room until a later try succeeds; with partial completeness it drops records meanwhile,
+//! and counts them.
+//!
 //! `file` comes with the engine (`append` is one growing file, `parts` a folder of them), as does
 //! printing (by ring to the launching process); `ForEach` hands records to a closure.
 
@@ -17,12 +22,16 @@ pub mod file;
 
 pub(crate) mod parts;
 
+pub(crate) mod holding;
+
 use crate::config::Settings;
 use crate::error::Error;
 use crate::operator::Push;
 use crate::source::Subtask;
+use crate::time::now_ns;
 use crate::worker::context::{CounterPlace, Cx, SharedFiles};
-use std::cell::RefCell;
+use holding::Holding;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::rc::Rc;
 use testudo_shm::record::{Item, Record};
@@ -55,6 +64,16 @@ pub trait Sink<T: Record>: 'static {
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.
     fn open(&self, subtask: Subtask, from: &Self::Position) -> Result<Self::Writer, String>;
+
+    /// Whether what a subtask had written at `position` is there still. Called by the launching
+    /// process before a job that goes on from a checkpoint changes anything.
+    ///
+    /// # Errors
+    /// What is missing; the job is refused with this text.
+    fn check(&self, subtask: Subtask, position: &Self::Position) -> Result<(), String> {
+        let _ = (subtask, position);
+        Ok(())
+    }
 
     /// Brings a subtask to its end that was there at the checkpoint with cut `epoch`, and is no
     /// more: the job goes on with fewer, or had come to its end. Called by the launching process;
@@ -253,6 +272,34 @@ pub trait Writer<T: Record, P: Plain>: 'static {
     /// What is wrong, and what to do about it; the job fails with this text.
     fn flush(&mut self, position: &mut P) -> Result<(), String>;
 
+    /// What the last error was, where it may pass by itself: the operating system's number of it
+    /// (a full disk is `ENOSPC`, 28), or 0 for one that has none. `None`: the job fails with the
+    /// error's text, as it does in every sink that does not say otherwise.
+    ///
+    /// After an error of [`Writer::flush`] that may pass, the engine takes the output of the step
+    /// with [`Writer::retain`], keeps it where no crash of a worker loses it, gives this sink no
+    /// further records, and calls [`Writer::retry`] with growing pauses until it succeeds. After
+    /// one of [`Writer::commit`], that is called again.
+    fn outage(&self) -> Option<i32> {
+        None
+    }
+
+    /// Gives the output of the open step away, as bytes that [`Writer::retry`] can write: nothing
+    /// of it may be left here, and nothing of it may stay where it goes.
+    fn retain(&mut self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Writes what was retained, perhaps by a predecessor of this worker, and moves `position`
+    /// behind it.
+    ///
+    /// # Errors
+    /// As [`Writer::flush`].
+    fn retry(&mut self, retained: &[u8], position: &mut P) -> Result<(), String> {
+        let _ = (retained, position);
+        Err("this sink retains nothing".into())
+    }
+
     /// The files that must be on disk, as they are at a cut, before a checkpoint may refer to it.
     fn files(&self) -> Option<SharedFiles> {
         None
@@ -295,8 +342,11 @@ pub(crate) trait AtCut: std::fmt::Debug {
     /// A cut begins; a part of the step that follows.
     fn prepare(&self, cx: &mut Cx, cut: Cut);
 
-    /// A complete checkpoint holds the cut.
-    fn commit(&self, cx: &mut Cx, epoch: u64);
+    /// A complete checkpoint holds the cut. False when that is to be said again later.
+    fn commit(&self, cx: &mut Cx, epoch: u64) -> bool;
+
+    /// It has output that is not written: no checkpoint can hold what this worker has done.
+    fn holds_output(&self) -> bool;
 }
 
 /// See [`AtCut`]: the writer that [`SinkEnd`] writes with.
@@ -304,6 +354,9 @@ pub(crate) struct Prepared<T, P: Plain, W> {
     pub(crate) name: String,
     pub(crate) writer: Rc<RefCell<W>>,
     pub(crate) position: Place<P>,
+    pub(crate) operator: usize,
+    /// Shared with the [`SinkEnd`].
+    pub(crate) holds: Rc<Cell<bool>>,
     pub(crate) of: PhantomData<fn(T)>,
 }
 
@@ -322,10 +375,26 @@ impl<T: Record, P: Plain, W: Writer<T, P>> AtCut for Prepared<T, P, W> {
         }
     }
 
-    fn commit(&self, cx: &mut Cx, epoch: u64) {
-        if let Err(message) = self.writer.borrow_mut().commit(epoch) {
-            cx.fail(Error::job(&self.name, message));
+    fn commit(&self, cx: &mut Cx, epoch: u64) -> bool {
+        if !cx.outside.is_due(self.operator, now_ns()) {
+            return false;
         }
+        let mut writer = self.writer.borrow_mut();
+        let Err(message) = writer.commit(epoch) else {
+            if cx.outside.due_ns(self.operator).is_some() && !self.holds.get() {
+                cx.outside.works(self.operator);
+            }
+            return true;
+        };
+        match writer.outage() {
+            Some(errno) => cx.outside.failed(self.operator, errno, self.holds.get()),
+            None => cx.fail(Error::job(&self.name, message)),
+        }
+        false
+    }
+
+    fn holds_output(&self) -> bool {
+        self.holds.get()
     }
 }
 
@@ -335,6 +404,8 @@ pub(crate) struct SinkHooks {
     pub(crate) operator: usize,
     /// See [`Sink::settle`]; the position as the bytes of its cell.
     pub(crate) settle: Settle,
+    /// See [`Sink::check`].
+    pub(crate) check: Box<dyn Fn(Subtask, &[u8]) -> Result<(), String>>,
     /// See [`Sink::withdraw`].
     pub(crate) withdraw: Box<dyn Fn(usize, u64) -> Result<(), String>>,
 }
@@ -343,17 +414,20 @@ type Settle = Box<dyn Fn(Subtask, &[u8], u64) -> Result<(), String>>;
 
 impl SinkHooks {
     pub(crate) fn of<T: Record, S: Sink<T>>(stage: usize, operator: usize, sink: &Rc<S>) -> Self {
-        let (settled, withdrawn) = (Rc::clone(sink), Rc::clone(sink));
+        use testudo_shm::zerocopy::FromBytes;
+        let (settled, checked, withdrawn) = (Rc::clone(sink), Rc::clone(sink), Rc::clone(sink));
+        let read = |position: &[u8]| {
+            S::Position::read_from_bytes(position).map_err(|_| {
+                format!("its position has {} bytes, not those of this sink", position.len())
+            })
+        };
         Self {
             stage,
             operator,
             settle: Box::new(move |subtask, position, epoch| {
-                use testudo_shm::zerocopy::FromBytes;
-                let position = S::Position::read_from_bytes(position).map_err(|_| {
-                    format!("its position has {} bytes, not those of this sink", position.len())
-                })?;
-                settled.settle(subtask, &position, epoch)
+                settled.settle(subtask, &read(position)?, epoch)
             }),
+            check: Box::new(move |subtask, position| checked.check(subtask, &read(position)?)),
             withdraw: Box::new(move |from, epoch| withdrawn.withdraw(from, epoch)),
         }
     }
@@ -362,18 +436,93 @@ impl SinkHooks {
 /// The operator at the end of a stage that writes to a sink.
 pub struct SinkEnd<T, P: Plain, W> {
     pub(crate) name: String,
-    pub(crate) writer: Rc<RefCell<W>>,
+    pub(crate) operator: usize,
+    /// None in a replica, which writes nothing.
+    pub(crate) writer: Option<Rc<RefCell<W>>>,
     pub(crate) position: Place<P>,
     pub(crate) records: CounterPlace,
+    pub(crate) dropped: CounterPlace,
     pub(crate) written: u64,
+    /// Output that was refused, and whether there is any.
+    pub(crate) holding: Holding,
+    pub(crate) holds: Rc<Cell<bool>>,
+    /// Records are dropped while that is so (partial completeness), and so many were in this step.
+    pub(crate) sheds: bool,
+    pub(crate) shed: u64,
     pub(crate) of: PhantomData<fn(T)>,
+}
+
+impl<T: Record, P: Plain, W: Writer<T, P>> SinkEnd<T, P, W> {
+    /// The step's output is refused: keeps it, if that may pass.
+    #[cold]
+    fn hold(&mut self, cx: &mut Cx, message: String) {
+        let Some(writer) = &self.writer else { return };
+        let mut writer = writer.borrow_mut();
+        let Some(errno) = writer.outage() else {
+            return cx.fail(Error::job(&self.name, message));
+        };
+        let kept = writer.retain();
+        if !self.holding.keep(cx, &kept) {
+            let message = format!("{message}, and there is no room to keep what was to be written");
+            return cx.fail(Error::job(&self.name, message));
+        }
+        self.holds.set(true);
+        cx.count(self.records, self.written);
+        cx.outside.failed(self.operator, errno, !self.sheds);
+    }
+
+    /// Records came although there was no room: they follow what is kept.
+    #[cold]
+    fn hold_more(&mut self, cx: &mut Cx) {
+        let Some(writer) = &self.writer else { return };
+        let kept = writer.borrow_mut().retain();
+        if self.holding.keep(cx, &kept) {
+            cx.count(self.records, self.written);
+        } else {
+            cx.fail(Error::job(&self.name, "there is no room to keep what cannot be written"));
+        }
+    }
+
+    /// Tries once more to write what is kept; true when it is written.
+    #[cold]
+    fn retry(&mut self, cx: &mut Cx) -> bool {
+        if !cx.outside.is_due(self.operator, cx.now_ns) {
+            return false;
+        }
+        let kept = self.holding.kept(cx);
+        let mut position = cx.txn.get(self.position);
+        let Some(writer) = &self.writer else { return false };
+        let mut writer = writer.borrow_mut();
+        match writer.retry(&kept, &mut position) {
+            Ok(()) => {
+                cx.txn.set(self.position, position);
+                self.holding.release(cx);
+                self.holds.set(false);
+                cx.outside.works(self.operator);
+                true
+            }
+            Err(message) => {
+                match writer.outage() {
+                    Some(errno) => cx.outside.failed(self.operator, errno, !self.sheds),
+                    None => cx.fail(Error::job(&self.name, message)),
+                }
+                false
+            }
+        }
+    }
 }
 
 impl<T: Record, P: Plain, W: Writer<T, P>> Push<T> for SinkEnd<T, P, W> {
     #[inline]
     fn push(&mut self, cx: &mut Cx, item: Item<'_, T>) {
+        if self.sheds && self.holds.get() {
+            self.shed += 1;
+            return;
+        }
         self.written += 1;
-        if let Err(message) = self.writer.borrow_mut().write(item.view) {
+        if let Some(writer) = &self.writer
+            && let Err(message) = writer.borrow_mut().write(item.view)
+        {
             cx.fail(Error::job(&self.name, message));
         }
     }
@@ -383,30 +532,40 @@ impl<T: Record, P: Plain, W: Writer<T, P>> Push<T> for SinkEnd<T, P, W> {
     fn watermark(&mut self, _cx: &mut Cx, _watermark: i64) {}
 
     fn room(&mut self, _cx: &mut Cx) -> usize {
-        usize::MAX
+        if self.holds.get() && !self.sheds { 0 } else { usize::MAX }
     }
 
-    fn pump(&mut self, _cx: &mut Cx) -> bool {
-        false
+    fn pump(&mut self, cx: &mut Cx) -> bool {
+        if self.holds.get() { self.retry(cx) } else { false }
     }
 
     fn save(&mut self, cx: &mut Cx) {
+        if self.shed > 0 {
+            cx.count(self.dropped, std::mem::take(&mut self.shed));
+        }
         if self.written == 0 || cx.failure.is_some() {
             return;
         }
-        let mut position = cx.txn.get(self.position);
-        match self.writer.borrow_mut().flush(&mut position) {
-            Ok(()) => {
-                cx.txn.set(self.position, position);
-                cx.count(self.records, self.written);
+        if self.holds.get() {
+            self.hold_more(cx);
+        } else if let Some(writer) = &self.writer {
+            self.holding.trim(cx);
+            let mut position = cx.txn.get(self.position);
+            let flushed = writer.borrow_mut().flush(&mut position);
+            match flushed {
+                Ok(()) => {
+                    cx.txn.set(self.position, position);
+                    cx.count(self.records, self.written);
+                }
+                Err(message) => self.hold(cx, message),
             }
-            Err(message) => cx.fail(Error::job(&self.name, message)),
         }
         self.written = 0;
     }
 
+    /// What is kept is written first.
     fn end(&mut self, _cx: &mut Cx) -> bool {
-        true
+        !self.holds.get()
     }
 }
 
@@ -416,6 +575,8 @@ pub struct ForEach<T, F> {
     pub(crate) f: F,
     pub(crate) records: CounterPlace,
     pub(crate) seen: u64,
+    /// This is a replica: nothing is handed out.
+    pub(crate) is_silent: bool,
     pub(crate) of: PhantomData<fn(T)>,
 }
 
@@ -423,7 +584,9 @@ impl<T: Record, F: Fn(&T::View)> Push<T> for ForEach<T, F> {
     #[inline(always)]
     fn push(&mut self, _cx: &mut Cx, item: Item<'_, T>) {
         self.seen += 1;
-        (self.f)(item.view);
+        if !self.is_silent {
+            (self.f)(item.view);
+        }
     }
 
     #[inline(always)]

@@ -47,6 +47,14 @@ pub enum Progress {
         /// Nanoseconds of the monotonic clock ([`now_ns`](crate::time::now_ns)).
         until_ns: u64,
     },
+    /// What it reads from does not answer, which may pass: look again then, as with `Idle`. Status
+    /// and metrics show it as an outage.
+    Blocked {
+        /// As in `Idle`.
+        until_ns: u64,
+        /// The operating system's number of the error; 0 for none.
+        errno: i32,
+    },
     /// Nothing will ever follow.
     End,
 }
@@ -141,6 +149,13 @@ pub trait Source: 'static {
         Vec::new()
     }
 
+    /// False when what was read once cannot be read again, as from a socket: a job with such a
+    /// source is one of partial completeness, unless something else is asked for. (Standard input
+    /// waits in the launching process, which no worker's death touches: it counts as replayable.)
+    fn is_replayable(&self) -> bool {
+        true
+    }
+
     /// True when this source may refuse input, so that a rejects file has something to hold.
     fn may_reject(&self) -> bool {
         false
@@ -160,6 +175,28 @@ pub trait Reader<T: Record, P: Plain>: 'static {
         max: usize,
         out: &mut impl Collect<T>,
     ) -> Result<Progress, String>;
+
+    /// Moves `position` behind the next record without making it, and gives the bytes that it would
+    /// have been made from: it has killed its worker again and again, perhaps while it was made,
+    /// and is put aside. `None`, as without this method, when the reader cannot: the record is then
+    /// made once more, for nobody.
+    ///
+    /// # Errors
+    /// What is wrong, and what to do about it; the job fails with this text.
+    fn skip(&mut self, position: &mut P) -> Result<Option<Vec<u8>>, String> {
+        let _ = position;
+        Ok(None)
+    }
+
+    /// A position for people: what they need to find the record that comes next.
+    fn origin(&self, position: &P) -> String {
+        let words = position.as_bytes().chunks(8).map(|chunk| {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            u64::from_le_bytes(word).to_string()
+        });
+        format!("position {}", words.collect::<Vec<_>>().join("/"))
+    }
 }
 
 /// Where a reader puts its records.

@@ -2,16 +2,29 @@
 //! test lets a process die by SIGKILL, alone or with its whole job.
 //!
 //! Armed through the environment of the job (`TESTUDO_KILL_AT=who:point:times:skip:all`, where
-//! `who` is a worker's number or `s` for the launching process, and `all` may be left out);
+//! `who` is a worker's number, `n` and the number for a successor that is prepared while the worker
+//! runs, or `s` for the supervisor, and `all` may be left out);
 //! otherwise each costs one load of a constant flag and a branch. Deaths are counted in the
-//! worker's incarnation, so a successor does not die at the same point for ever.
+//! worker's incarnation, or in supervisors, so a successor does not die at the same point for ever.
+//!
+//! A debugger can have a worker stop for it instead (`TESTUDO_TRAP=who`): a traced worker raises
+//! SIGTRAP when it begins to attach and at the begin of each step. Nobody else ever sees that
+//! signal.
 //!
 //! Invariant: `all` reaches only a process group that the launching process leads, never that of
 //! whoever started it.
 //!
-//! Called by `attach`, `step`, `cut`, `load` and the supervisor's `checkpoint`.
+//! And a refusal: a file named by `TESTUDO_REFUSE` says which paths the operating system is to
+//! refuse to write at the moment, as `prefix errno` lines, for outages that no user without rights
+//! can bring about otherwise; with `wait` in the errno's place, files of checkpoints stall. It is
+//! looked at once a write, and only where it is named.
+//!
+//! Called by `attach`, `step`, `cut`, `load`, the file sinks and the supervisor's `checkpoint`.
 
+use crate::keeper;
 use std::cell::Cell;
+use testudo_shm::primitive::{AtomicU32, Ordering};
+use testudo_state::disk::{Disk, Gated, Verdict};
 
 /// A named place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +85,74 @@ pub enum Point {
     Committing,
     /// Sinks have committed, nobody knows.
     SinksCommitted,
+    /// A record is about to be taken alone.
+    Alone,
+    /// A record that is put aside is written into a letter, which has no number yet.
+    LetterWritten,
+    /// It has its number and is counted, in the open transaction.
+    LetterCounted,
+    /// A careful step is committed and published, nobody waited for its letter yet.
+    LetterCommitted,
+    /// The place that asked for care is behind the worker, which has said so.
+    CarePassed,
+    /// The supervisor has a letter in its file, the worker does not know.
+    LetterTaken,
+    /// A successor has mapped all, and nobody knows.
+    Prepared,
+    /// It has said so, and waits for its turn.
+    Waiting,
+    /// It is its turn, the segment is not claimed.
+    Turn,
+    /// A worker is to give way, and has not begun to.
+    GivingWay,
+    /// Its death words are cleared, its claim is not.
+    Releasing,
+    /// The segment is free, the process still there.
+    GaveWay,
+    /// A supervisor begins to take over a job.
+    AdoptBegin,
+    /// It has mapped what there is.
+    AdoptMapped,
+    /// Workers of the earlier one that have claimed nothing give way to it.
+    AdoptReigns,
+    /// It has found the workers.
+    AdoptCounted,
+    /// A supervisor leads, the first one or a later one.
+    Adopted,
+    /// All workers of a region that goes back are gone, nothing is changed.
+    RegionStopped,
+    /// The description says what they go on from.
+    RegionTold,
+    /// Their segments are empty, none of them is started.
+    RegionEmptied,
+    /// Lines of standard input are noted, not handed over.
+    InputNoted,
+    /// They are handed over, and still in the pipe.
+    InputPublished,
+    /// They have left the pipe, and the note stands.
+    InputTaken,
+    /// What is to be printed is noted.
+    OutputNoted,
+    /// It is in the pipe, and still in its ring.
+    OutputPut,
+    /// It has left the ring, and the note stands.
+    OutputPublished,
+    /// A key group's values are built in their new type, beside the old ones.
+    Migrating,
+    /// All of an operator's are, and have taken the old ones' place; nothing is committed.
+    Migrated,
+    /// A step is about to be committed that makes this final.
+    Settling,
+    /// A standby has seen its worker dead, and done nothing yet.
+    StandbyWoken,
+    /// It has ended the dead process, and claimed nothing.
+    StandbyEnded,
+    /// It has claimed, said so, and may write; nothing is rolled back.
+    StandbyWritable,
+    /// A worker is about to stand still for a replica that copies its state.
+    JournalGranted,
+    /// A step is committed and in the journal, not published.
+    JournalWritten,
 }
 
 impl Point {
@@ -107,11 +188,63 @@ impl Point {
     /// Those of sinks, in jobs with checkpoints.
     pub const SINKS: [Self; 3] = [Self::SinksPrepared, Self::Committing, Self::SinksCommitted];
 
+    /// Those of careful steps; the last one is the launching process's.
+    pub const CAREFUL: [Self; 6] = [
+        Self::Alone,
+        Self::LetterWritten,
+        Self::LetterCounted,
+        Self::LetterCommitted,
+        Self::CarePassed,
+        Self::LetterTaken,
+    ];
+
+    /// Those of a worker's replacement between two steps, in order: three of the successor, three
+    /// of the worker that gives way.
+    pub const HANDOVER: [Self; 6] = [
+        Self::Prepared,
+        Self::Waiting,
+        Self::Turn,
+        Self::GivingWay,
+        Self::Releasing,
+        Self::GaveWay,
+    ];
+
+    /// Those of a take-over by a standby, before what every attaching process does.
+    pub const STANDBY: [Self; 3] = [Self::StandbyWoken, Self::StandbyEnded, Self::StandbyWritable];
+
+    /// Those of a worker with a replica.
+    pub const REPLICA: [Self; 2] = [Self::JournalGranted, Self::JournalWritten];
+
+    /// Those of supervisors; in jobs that have a keeper.
+    pub const ADOPTION: [Self; 5] =
+        [Self::AdoptBegin, Self::AdoptMapped, Self::AdoptReigns, Self::AdoptCounted, Self::Adopted];
+
+    /// Those of a worker that migrates values.
+    pub const MIGRATION: [Self; 3] = [Self::Migrating, Self::Migrated, Self::Settling];
+
+    /// Those of a region that goes back, in the supervisor.
+    pub const REWIND: [Self; 3] = [Self::RegionStopped, Self::RegionTold, Self::RegionEmptied];
+    /// Those of supervisors that move standard input and output.
+    pub const CONSOLE: [Self; 6] = [
+        Self::InputNoted,
+        Self::InputPublished,
+        Self::InputTaken,
+        Self::OutputNoted,
+        Self::OutputPut,
+        Self::OutputPublished,
+    ];
+
+    /// All of them, in the order of their numbers.
+    fn all() -> impl Iterator<Item = &'static Self> {
+        let all = Self::ALL.iter().chain(&Self::SINKS).chain(&Self::ADOPTION);
+        let all = all.chain(&Self::HANDOVER).chain(&Self::CONSOLE).chain(&Self::CAREFUL);
+        all.chain(&Self::STANDBY).chain(&Self::REWIND).chain(&Self::REPLICA).chain(&Self::MIGRATION)
+    }
+
     /// What an order calls this point.
     #[must_use]
     pub fn number(self) -> usize {
-        let all = Self::ALL.iter().chain(&Self::SINKS);
-        all.into_iter().take_while(|point| **point != self).count()
+        Self::all().take_while(|point| **point != self).count()
     }
 }
 
@@ -126,10 +259,23 @@ struct Order {
     skip: u64,
     /// The whole job is to end.
     all: bool,
+    /// Nothing ends: the thread stops for its tracer, here and where each step begins.
+    trap: bool,
 }
+
+/// The environment variable that names a worker which is to stop for its tracer.
+pub const TRAP: &str = "TESTUDO_TRAP";
 
 thread_local! {
     static ARMED: Cell<Option<Order>> = const { Cell::new(None) };
+}
+
+/// The keeper of the job that this process is a worker of.
+static KEEPER: AtomicU32 = AtomicU32::new(0);
+
+/// Says who leads the process group of this worker's job, perhaps.
+pub(crate) fn tied_to(keeper: u32) {
+    KEEPER.store(keeper, Ordering::Relaxed);
 }
 
 /// Arms this thread, if the environment says so for this worker and incarnation.
@@ -137,12 +283,22 @@ pub(crate) fn arm(worker: usize, incarnation: u64) {
     arm_as(&worker.to_string(), incarnation);
 }
 
-/// Arms this thread of the launching process, if the environment says so.
+/// Arms this thread of a prepared successor, which orders call `n` and the worker's number: in each
+/// replacement the same, so the successor of one that has died like that is not told to.
+pub(crate) fn arm_successor(worker: usize) {
+    arm_as(&format!("n{worker}"), 0);
+}
+
+/// Arms this thread of a supervisor, if the environment says so.
 pub(crate) fn arm_supervisor() {
-    arm_as("s", 0);
+    arm_as("s", keeper::line().map_or(0, |line| u64::from(line.role().reign)));
 }
 
 fn arm_as(who: &str, incarnation: u64) {
+    if std::env::var(TRAP).is_ok_and(|named| named == who) && is_traced() {
+        let point = Point::AttachBegin;
+        return ARMED.set(Some(Order { point, skip: 0, all: false, trap: true }));
+    }
     let Ok(text) = std::env::var(KILL_AT) else {
         return;
     };
@@ -151,13 +307,12 @@ fn arm_as(who: &str, incarnation: u64) {
         let is_meant = parts.next() == Some(who);
         let mut number = || parts.next().and_then(|part| part.parse::<u64>().ok());
         let (index, times, skip) = (number(), number(), number());
-        let mut points = Point::ALL.iter().chain(&Point::SINKS);
-        let point = index.and_then(|index| points.nth(index as usize));
+        let point = index.and_then(|index| Point::all().nth(index as usize));
         if let (true, Some(&point), Some(times)) = (is_meant, point, times)
             && incarnation < times
         {
             let (skip, all) = (skip.unwrap_or(0), parts.next() == Some("all"));
-            ARMED.set(Some(Order { point, skip, all }));
+            ARMED.set(Some(Order { point, skip, all, trap: false }));
         }
     }
 }
@@ -171,6 +326,43 @@ pub(crate) fn spawn_armed(work: impl FnOnce() + Send + 'static) {
     });
 }
 
+/// The environment variable that names the file of refusals.
+pub const REFUSE: &str = "TESTUDO_REFUSE";
+
+fn refusals() -> Option<&'static std::path::Path> {
+    static FILE: std::sync::OnceLock<Option<std::path::PathBuf>> = std::sync::OnceLock::new();
+    FILE.get_or_init(|| std::env::var_os(REFUSE).map(Into::into)).as_deref()
+}
+
+/// The error that a test wants a write to this path to get.
+#[inline]
+pub(crate) fn refused(path: &std::path::Path) -> std::io::Result<()> {
+    let Some(file) = refusals() else { return Ok(()) };
+    match judge(file, path) {
+        Verdict::Fail(errno) => Err(std::io::Error::from_raw_os_error(errno)),
+        Verdict::Pass | Verdict::Wait => Ok(()),
+    }
+}
+
+/// The disk of checkpoints, with the same in front of it.
+pub(crate) fn gated(disk: Box<dyn Disk>) -> Box<dyn Disk> {
+    match refusals() {
+        None => disk,
+        Some(file) => Box::new(Gated::new(disk, move |path| judge(file, path))),
+    }
+}
+
+#[cold]
+fn judge(file: &std::path::Path, path: &std::path::Path) -> Verdict {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let meant = text.lines().filter_map(|line| line.rsplit_once(' '));
+    match meant.into_iter().find(|(prefix, _)| path.starts_with(prefix)) {
+        Some((_, "wait")) => Verdict::Wait,
+        Some((_, errno)) => errno.parse().map_or(Verdict::Pass, Verdict::Fail),
+        None => Verdict::Pass,
+    }
+}
+
 /// A place where this process may be told to die.
 #[inline(always)]
 pub(crate) fn point(at: Point) {
@@ -181,6 +373,12 @@ pub(crate) fn point(at: Point) {
 
 #[cold]
 fn reached(at: Point, armed: Order) {
+    if armed.trap {
+        if at == armed.point || at == Point::StepBegin {
+            stop_for_tracer();
+        }
+        return;
+    }
     if at != armed.point {
         return;
     }
@@ -191,12 +389,26 @@ fn reached(at: Point, armed: Order) {
     kill_self(armed.all);
 }
 
+/// Whether this process has a tracer: without one, the signal would end it.
+fn is_traced() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let tracer = status.lines().find_map(|line| line.strip_prefix("TracerPid:"));
+    tracer.is_some_and(|pid| pid.trim() != "0")
+}
+
+#[expect(unsafe_code, reason = "raises a signal")]
+fn stop_for_tracer() {
+    // SAFETY: a signal to the calling thread; its tracer takes it away.
+    unsafe { libc::raise(libc::SIGTRAP) };
+}
+
 #[expect(unsafe_code, reason = "raises a signal")]
 fn kill_self(all: bool) {
     // SAFETY: kill on our own process id, or on our group if this process or its parent leads it.
     unsafe {
         let group = libc::getpgrp();
-        if all && (group == libc::getpid() || group == libc::getppid()) {
+        let keeper = KEEPER.load(Ordering::Relaxed).cast_signed();
+        if all && [libc::getpid(), libc::getppid(), keeper].contains(&group) {
             libc::kill(0, libc::SIGKILL);
         }
         libc::kill(libc::getpid(), libc::SIGKILL);

@@ -18,6 +18,105 @@ pub(crate) fn unix_ms() -> i64 {
     since.map_or(0, |since| i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
+/// Milliseconds since 1970, as operators of a step see it: what they see is noted for a replica, or
+/// told to it (R21).
+pub(crate) mod step {
+    use super::unix_ms;
+    use std::cell::RefCell;
+
+    /// How operators learn what time it is.
+    enum Clock {
+        /// They look.
+        Own,
+        /// They look; what they saw is kept: times, and how often in a row.
+        Noted(Vec<u64>),
+        /// They are told what others saw.
+        Told { words: Vec<u64>, at: usize, is_short: bool },
+    }
+
+    thread_local! {
+        static CLOCK: RefCell<Clock> = const { RefCell::new(Clock::Own) };
+    }
+
+    /// What time it is.
+    #[inline]
+    pub(crate) fn ms() -> i64 {
+        CLOCK.with_borrow_mut(|clock| match clock {
+            Clock::Own => unix_ms(),
+            Clock::Noted(words) => {
+                let now = unix_ms();
+                match words.as_mut_slice() {
+                    [.., last, times] if *last == now.cast_unsigned() => *times += 1,
+                    _ => words.extend([now.cast_unsigned(), 1]),
+                }
+                now
+            }
+            Clock::Told { words, at, is_short } => {
+                let Some([time, times]) = words.get_mut(*at..*at + 2) else {
+                    *is_short = true;
+                    return 0;
+                };
+                *times = times.saturating_sub(1);
+                *at += if *times == 0 { 2 } else { 0 };
+                time.cast_signed()
+            }
+        })
+    }
+
+    /// From here on it is noted, afresh.
+    pub(crate) fn note() {
+        CLOCK.with_borrow_mut(|clock| match clock {
+            Clock::Noted(words) => words.clear(),
+            other => *other = Clock::Noted(Vec::new()),
+        });
+    }
+
+    /// What was noted.
+    pub(crate) fn noted(take: impl FnOnce(&[u64])) {
+        CLOCK.with_borrow(|clock| {
+            if let Clock::Noted(words) = clock {
+                take(words);
+            }
+        });
+    }
+
+    /// From here on operators are told.
+    pub(crate) fn tell(words: Vec<u64>) {
+        CLOCK.set(Clock::Told { words, at: 0, is_short: false });
+    }
+
+    /// Whether exactly what was told was asked for.
+    pub(crate) fn is_over() -> bool {
+        CLOCK.with_borrow(|clock| match clock {
+            Clock::Told { words, at, is_short } => *at == words.len() && !is_short,
+            _ => true,
+        })
+    }
+
+    /// From here on they look.
+    pub(crate) fn look_oneself() {
+        CLOCK.set(Clock::Own);
+    }
+
+    #[cfg(test)]
+    mod tests {
+        #[test]
+        fn what_was_seen_is_told_as_often_as_it_was_asked_for() {
+            super::note();
+            let seen: Vec<i64> = (0..5).map(|_| super::ms()).collect();
+            let mut words = Vec::new();
+            super::noted(|noted| words.extend(noted));
+            super::tell(words);
+            assert_eq!((0..5).map(|_| super::ms()).collect::<Vec<_>>(), seen);
+            assert!(super::is_over());
+            super::ms();
+            assert!(!super::is_over(), "nobody saw a sixth");
+            super::look_oneself();
+            assert!(super::ms() > 0 && super::is_over());
+        }
+    }
+}
+
 /// Event time in words: milliseconds since 1970, UTC, to the second.
 #[must_use]
 pub fn utc(millis: i64) -> String {

@@ -1,12 +1,19 @@
-//! The `testudo` command-line tool: looks at running jobs and steers their checkpoints.
+//! The `testudo` command-line tool: looks at running jobs, steers them and their checkpoints.
 //!
 //! ```text
 //! testudo list                                   running jobs
 //! testudo status JOB                             how a job is going
+//! testudo kill-worker JOB N                      SIGKILL to worker N, to see it replaced
+//! testudo restart JOB [--worker N]               a new process for a worker, or for each of them
+//! testudo upgrade-supervisor JOB [PROGRAM]       another program leads, the workers go on
+//! testudo update JOB PROGRAM                     another program takes over, worker by worker
+//! testudo pause JOB | resume JOB                 sources stop taking; go on
+//! testudo stop JOB [--now]                       the job ends: drained, or at once
 //! testudo checkpoint JOB now                     take one, wait for it
 //! testudo checkpoint JOB every 5s | at "0 * * * *" | never
 //! testudo checkpoint JOB history                 what became of the latest ones
 //! testudo savepoint JOB                          one that survives a change of plan
+//! testudo postmortem JOB                         how workers died, and what was done about it
 //! testudo checkpoint list DIR                    the checkpoints in a folder
 //! testudo checkpoint show DIR [ID]               one of them, in full
 //! testudo checkpoint verify DIR                  reads and compares every byte that counts
@@ -26,6 +33,7 @@
 //! | 2 | bad command line |
 //! | 3 | no such job is running |
 //! | 4 | the machine refused something: a socket, a file, the output |
+//! | 5 | the update was rolled back: the job runs its old program |
 //!
 //! Whoever reads the output may leave early (`| head`): nothing more is said then, and the exit
 //! code is the same.
@@ -35,6 +43,8 @@
 mod files;
 
 mod inspect;
+
+mod segment;
 
 mod jobs;
 
@@ -50,10 +60,11 @@ use std::process::ExitCode;
 use testudo_state::checkpoint::Damage;
 use testudo_state::disk::{self, Disk, DiskKind, Pool};
 
-/// Looks at running Testudo jobs, steers their checkpoints, and reads what they leave
+/// Looks at running Testudo jobs, steers them and their checkpoints, and reads what they leave
 ///
 /// Exit codes: 0 done, 1 the job refused, the checkpoint failed or something is damaged, 2 bad
-/// command line, 3 no such job is running, 4 the machine refused something.
+/// command line, 3 no such job is running, 4 the machine refused something, 5 the update was rolled
+/// back.
 #[derive(Debug, Parser)]
 #[command(name = "testudo", version)]
 struct Cli {
@@ -73,6 +84,51 @@ enum Command {
         /// The job's name
         job: String,
     },
+    /// End a worker's process by SIGKILL, to see it replaced
+    KillWorker(WorkerArgs),
+    /// Replace a job's workers by new processes of the same program, one after the other, between
+    /// two steps of each
+    Restart {
+        /// The job's name
+        job: String,
+        /// Only this worker, by its number from 0
+        #[arg(long, value_name = "N")]
+        worker: Option<usize>,
+    },
+    /// Let another program lead a job, while its workers go on: it must plan the same job
+    UpgradeSupervisor {
+        /// The job's name
+        job: String,
+        /// The program [default: what lies now where the present one was started from]
+        program: Option<PathBuf>,
+    },
+    /// Let another program take a running job over, worker by worker, between two steps of each;
+    /// state is kept. One that crashes or gets stuck is rolled back
+    Update {
+        /// The job's name
+        job: String,
+        /// The new program: its operators have the uids, keys and exchanges of the old one's
+        program: PathBuf,
+    },
+    /// Let a job's sources take nothing more until it is resumed; returns when what they had taken
+    /// is processed
+    Pause {
+        /// The job's name
+        job: String,
+    },
+    /// Let a paused job's sources go on
+    Resume {
+        /// The job's name
+        job: String,
+    },
+    /// End a job: what its sources have taken is processed first
+    Stop {
+        /// The job's name
+        job: String,
+        /// Do not process it: end at once, as a second Ctrl-C does
+        #[arg(long)]
+        now: bool,
+    },
     /// Take checkpoints of a job, schedule them, look back at them
     ///
     /// `list`, `show` and `verify` are commands about files; for a job of such a name write
@@ -81,6 +137,11 @@ enum Command {
     /// Take a savepoint of a job: a checkpoint with no data in flight, which another plan or
     /// parallelism can be resumed from
     Savepoint {
+        /// The job's name
+        job: String,
+    },
+    /// How workers of a job died: signal or panic, stack, operator, record
+    Postmortem {
         /// The job's name
         job: String,
     },
@@ -93,6 +154,25 @@ enum Command {
         /// shows the names of segments
         file: PathBuf,
     },
+}
+
+/// A job and one of its workers.
+#[derive(Debug, clap::Args)]
+struct WorkerArgs {
+    /// The job's name
+    job: String,
+    /// Number of the worker, from 0
+    #[arg(required_unless_present = "worker", value_name = "N")]
+    number: Option<usize>,
+    /// The same
+    #[arg(long, value_name = "N", conflicts_with = "number")]
+    worker: Option<usize>,
+}
+
+impl WorkerArgs {
+    fn worker(&self) -> usize {
+        self.number.or(self.worker).unwrap_or_default()
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -169,6 +249,11 @@ impl Ended {
 
     fn usage(message: impl Into<String>) -> Self {
         Self { code: 2, message: message.into() }
+    }
+
+    /// The update was, and the old program runs.
+    fn rolled_back(message: impl Into<String>) -> Self {
+        Self { code: 5, message: message.into() }
     }
 
     fn machine(message: impl Into<String>) -> Self {
@@ -250,6 +335,22 @@ fn run(command: Command, out: &mut Out) -> Result<(), Ended> {
     match command {
         Command::List => jobs::list(out),
         Command::Status { job } => jobs::ask(out, &job, &Request::Status),
+        Command::KillWorker(args) => {
+            jobs::ask(out, &args.job, &Request::KillWorker { worker: args.worker() })
+        }
+        Command::Restart { job, worker } => jobs::ask(out, &job, &Request::Restart { worker }),
+        Command::UpgradeSupervisor { job, program } => {
+            let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+            jobs::upgrade(out, &job, program.map(absolute))
+        }
+        Command::Update { job, program } => {
+            let program = std::path::absolute(&program)
+                .map_err(|error| Ended::usage(format!("{}: {error}", program.display())))?;
+            jobs::ask(out, &job, &Request::Update { program })
+        }
+        Command::Pause { job } => jobs::ask(out, &job, &Request::Pause),
+        Command::Resume { job } => jobs::ask(out, &job, &Request::Resume),
+        Command::Stop { job, now } => jobs::ask(out, &job, &Request::Stop { now }),
         Command::Checkpoint(args) => match (&args.files, &args.job) {
             (None, _) => {
                 let (job, request) = args.request()?;
@@ -261,6 +362,7 @@ fn run(command: Command, out: &mut Out) -> Result<(), Ended> {
             }
         },
         Command::Savepoint { job } => jobs::ask(out, &job, &Request::Savepoint),
+        Command::Postmortem { job } => jobs::ask(out, &job, &Request::Postmortem),
         Command::Inspect { what, file } => inspect::run(out, what, &file),
     }
 }

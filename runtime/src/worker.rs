@@ -1,19 +1,53 @@
 //! A worker: one process, one pinned thread, one loop. It attaches to the job's segments (the first
 //! time and after every crash alike), then takes steps until all its stages are done.
 //!
-//! `entry` is where the process begins, `attach` maps and recovers, `context` is what a step works
-//! on, `step` is the loop, `idle` is how it waits;
-//! `cut` is its part of a checkpoint, which `save` writes; `restore` and `load` are the way back.
+//! `entry` is where the process begins (`inspect` where it is only to describe its plan), `attach`
+//! maps and recovers, `successor` waits for its turn before it does, `context` is what a step works
+//! on, `step` is the loop, `idle` is how it waits, `latency` bounds how long others wait for it;
+//! `verify` looks at what a predecessor has left; `standby` is a process that waits to become one,
+//! `warm` what it does meanwhile; `times` is what its time was spent on, `outside` how the files
+//! and disks are that it needs; `journal` is what it tells its replica (`tape`: of its sources),
+//! `replica` the process that `follow`s on a `copy` of its state; `cut` is its part of a
+//! checkpoint, which `save` writes; `restore` and `load` are the way back.
 
 pub(crate) mod entry;
 
+pub(crate) mod dying;
+
+pub(crate) mod careful;
+pub(crate) mod inspect;
+
 pub(crate) mod attach;
+
+mod verify;
+
+pub(crate) mod warm;
+
+pub(crate) mod tape;
+
+pub(crate) mod journal;
+
+pub(crate) mod copy;
+
+pub(crate) mod follow;
+
+pub(crate) mod replica;
+
+pub(crate) mod standby;
+
+pub(crate) mod successor;
 
 pub(crate) mod context;
 
 pub(crate) mod step;
 
 pub(crate) mod idle;
+
+pub(crate) mod times;
+
+pub(crate) mod outside;
+
+pub(crate) mod latency;
 
 pub(crate) mod restore;
 

@@ -7,6 +7,7 @@ use common::tool::{said, tool};
 use common::{Jobs, Random, deep, finish, folder, settings, start, text, trials};
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::process::ExitCode;
 use testudo::prelude::*;
@@ -369,7 +370,13 @@ fn segments_of_a_running_job_are_shown() {
     let at = folder();
     let base = settings(2);
     let job = start(endless, "", Settings { name: "seen".into(), rate: Some(1000), ..base });
-    job.workers().expect("it starts");
+    let view = job.workers().expect("it starts");
+    common::wait_for("steps of all workers", || {
+        let commits = |worker: &&testudo::shm::header::WorkerHeader| {
+            worker.commits.load(testudo::shm::primitive::Ordering::Relaxed)
+        };
+        view.workers.iter().all(|worker| commits(worker) > 3).then_some(())
+    });
     let mut seen: BTreeMap<String, Value> = BTreeMap::new();
     for entry in fs::read_dir("/proc/self/fd").expect("Linux") {
         let number = entry.expect("one").file_name().to_string_lossy().into_owned();
@@ -383,6 +390,18 @@ fn segments_of_a_running_job_are_shown() {
         let (code, lines, _) = said(&tool(at.path(), &["inspect", "segment", &path]));
         assert_eq!((code, lines.contains("segment: ")), (0, true), "{lines}");
         seen.insert(name.trim_end_matches(" (deleted)").to_owned(), parsed(&out).remove(0));
+        // The same of a copy of its first bytes, which somebody has kept.
+        let copy = at.path().join("copy");
+        let mut first = fs::File::open(&path).expect("our own segment").take(4 << 20);
+        std::io::copy(&mut first, &mut fs::File::create(&copy).expect("room")).expect("room");
+        let (code, out, err) =
+            said(&tool(at.path(), &["inspect", "segment", &text(&copy), "--json"]));
+        assert_eq!(code, 0, "{name}: {err}");
+        let kept = parsed(&out).remove(0);
+        let shown = &seen[name.trim_end_matches(" (deleted)")];
+        let members = |of: &Value| of.as_object().expect("members").len();
+        // A copy has no name of its own.
+        assert_eq!(members(&kept) + 1, members(shown), "{kept} {shown}");
     }
     job.stop();
     finish(job).expect("it drains");
@@ -390,12 +409,21 @@ fn segments_of_a_running_job_are_shown() {
     assert_eq!(seen["control"]["supervisor"], std::process::id());
     for worker in 0..2 {
         let shown = &seen[&format!("w{worker}")];
-        let is_attached = shown["segment"] == "worker" && shown["worker"] == worker;
-        // Started, but not at work yet.
-        assert!(
-            is_attached || shown["segment"].as_str().is_some_and(|s| s.starts_with("empty")),
-            "{shown}"
-        );
+        assert_eq!((&shown["segment"], &shown["worker"]), (&"worker".into(), &worker.into()));
+        let counters = shown["counters"].as_array().expect("counters");
+        let read = counters.iter().find(|counter| counter["counter"] == "numbers/records_out");
+        assert!(read.is_some_and(|read| read["value"].as_u64() > Some(0)), "{counters:?}");
+        assert!(shown["cells"].as_array().is_some_and(|cells| cells.len() > 10), "{shown}");
+        let rings = shown["ring_positions"].as_array().expect("rings");
+        assert!(rings.iter().any(|ring| ring["position"].as_u64() > Some(0)), "{rings:?}");
+        assert!(shown["undo_log"].is_string(), "{shown}");
     }
+    let groups = seen.iter().filter(|(name, _)| name.starts_with("g0-"));
+    let with_state = groups.filter(|(_, group)| {
+        group["states"]
+            .as_array()
+            .is_some_and(|states| states.len() == 1 && states[0]["words"][0].as_u64() >= Some(4096))
+    });
+    assert!(with_state.count() > 0, "{seen:?}");
     assert!(seen.keys().any(|name| name.starts_with("g0-")), "{seen:?}");
 }

@@ -69,7 +69,7 @@ impl Watched {
     /// Traces a job and its workers; `None` where this machine does not allow that.
     fn start(job: Started) -> Option<Self> {
         let mut all = job.workers(2);
-        all.push(job.pid());
+        all.push(job.supervisor());
         match Tracer::of(&all) {
             Ok(tracer) => Some(Self { job, tracer, reads: BTreeMap::new(), found: Vec::new() }),
             Err(error) => {
@@ -129,7 +129,7 @@ fn r4_no_system_call_is_given_a_segment_to_fill() {
     let job = job.stdin(dripping()).start();
     let Some(mut watched) = Watched::start(job) else { return };
     let first = watched.job.workers(2);
-    let launcher = watched.job.pid();
+    let launcher = watched.job.supervisor();
     watched.watch_until("reads in all processes", |all| {
         all.has_read(launcher, READS) && first.iter().all(|pid| all.has_read(*pid, READS))
     });

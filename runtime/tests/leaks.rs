@@ -4,10 +4,12 @@
 
 mod common;
 
-use common::process::{Disturber, status_kib};
+use common::process::{Disturber, status_kib, workers_of};
 use common::tally::{self, ordered};
-use common::{Jobs, finish, folder, settings, start, trials, wait_for};
+use common::{Jobs, Random, finish, folder, settings, soak, start, trials, wait_for};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use testudo::checkpoint::schedule::Schedule;
 use testudo::prelude::*;
 use testudo::shm::primitive::Ordering;
 
@@ -19,6 +21,7 @@ fn main() -> ExitCode {
         JOBS,
         trials![
             two_hundred_restarts_leak_nothing_in_the_launcher_and_in_the_peer,
+            mixed_failures_leave_nothing_behind,
             a_job_that_ended_has_closed_its_descriptors,
         ],
     )
@@ -98,6 +101,61 @@ fn two_hundred_restarts_leak_nothing_in_the_launcher_and_in_the_peer() {
     let report = finish(running).expect("the job survives");
     assert_eq!(report.restarts.len(), kills);
     tally::check(&output, report.records_in, 2);
+}
+
+/// Everything in a folder, at any depth.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let below = |path: PathBuf| if path.is_dir() { files(&path) } else { vec![path] };
+    entries.flat_map(|entry| below(entry.path())).collect()
+}
+
+fn mixed_failures_leave_nothing_behind() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    let shared_before = entries("/dev/shm");
+    let job = Settings {
+        checkpoint_dir: Some(folder.path().join("checkpoints")),
+        checkpoints: Schedule::Every(Duration::from_millis(20)),
+        ..settings(3)
+    };
+    let running = start(ordered, &tally::parameters(u64::MAX, &output), job);
+    let view = running.workers().expect("the job starts");
+    let mut disturber = Disturber::new(&running, &view, 47);
+    let mut random = Random::new(48);
+    let mut fail = |disturber: &mut Disturber<'_>| {
+        let worker = random.below(3) as usize;
+        assert!(disturber.settle(worker));
+        // (The first SIGSEGV from outside is taken by the library's check for stack overflows.)
+        match random.below(6) {
+            0 => disturber.end_now(worker, libc::SIGILL),
+            1 => disturber.end_now(worker, libc::SIGABRT),
+            2 => disturber.end_now(worker, libc::SIGFPE),
+            3 => disturber.stop_randomly(1),
+            4 => (0..3).for_each(|worker| {
+                assert!(disturber.settle(worker));
+                disturber.kill_now(worker);
+            }),
+            _ => disturber.kill(worker),
+        }
+    };
+    (0..12).for_each(|_| fail(&mut disturber));
+    let before = holdings(std::process::id());
+    let kept = files(folder.path()).len();
+    (0..soak(1000, 40)).for_each(|_| fail(&mut disturber));
+    (0..3).for_each(|worker| assert!(disturber.settle(worker)));
+    assert_no_more("the launcher", std::process::id(), before);
+    // A few more or less, as checkpoints come and go; not some for each failure.
+    wait_for("old checkpoints to be retired", || {
+        (files(folder.path()).len() <= kept + 24).then_some(())
+    });
+    let kills = disturber.kills;
+    running.stop();
+    let report = finish(running).expect("the job survives");
+    assert_eq!(report.restarts.len(), kills, "deaths that nobody ordered");
+    tally::check(&output, report.records_in, 3);
+    assert!(workers_of(std::process::id()).is_empty(), "processes are left");
+    assert_eq!(entries("/dev/shm"), shared_before, "shared memory is left");
 }
 
 fn a_job_that_ended_has_closed_its_descriptors() {

@@ -156,7 +156,7 @@ fn a_terminals_interrupt_at_any_time_of_the_start_ends_the_job_cleanly() {
         let _ = fs::remove_file(&output);
         let job = Cli::new("windows", &text(&output)).workers(3);
         let job = job.args(["--rate", "1000", "--report", "json"]).own_group().start();
-        let started = || common::process::children(job.pid()).len() as u64;
+        let started = || held(&job).len() as u64;
         wait_for("some of its workers", || (started() >= round % 4).then_some(()));
         // Not proof of anything: it only spreads the signals over the start.
         std::thread::sleep(Duration::from_micros(round % 13 * 300));
@@ -179,8 +179,9 @@ fn a_terminals_interrupt_at_any_time_of_the_start_ends_the_job_cleanly() {
 
 /// Whoever is started by a job by now.
 fn held(job: &Started) -> Vec<Held> {
-    let children = common::process::children(job.pid());
-    children.into_iter().filter_map(|pid| Held::child_of(pid, job.pid())).collect()
+    let own = common::process::children(job.pid());
+    let theirs = own.iter().flat_map(|pid| common::process::children(*pid)).collect::<Vec<_>>();
+    own.into_iter().chain(theirs).filter_map(|pid| Held::child_of(pid, job.pid())).collect()
 }
 
 fn an_embedded_job_is_drained_and_stopped_on_request() {
@@ -334,10 +335,13 @@ fn processes_are_named_after_what_they_do() {
         job.workers(3).into_iter().map(|pid| stat(pid).expect("a worker").name).collect();
     names.sort_unstable();
     assert_eq!(names, ["testudo-w0", "testudo-w1", "testudo-w2"]);
-    assert_eq!(stat(job.pid()).expect("the launcher").name, "testudo-sup");
-    for pid in job.workers(3) {
+    assert_eq!(stat(job.supervisor()).expect("the supervisor").name, "testudo-sup");
+    // The launched process is found by the name that it was launched under.
+    let launched = stat(job.pid()).expect("the keeper").name;
+    assert_eq!(launched, stat(std::process::id()).expect("this program").name);
+    for pid in job.workers(3).into_iter().chain([job.supervisor()]) {
         let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("a worker");
-        assert!(line.starts_with("testudo-w"), "{line:?}");
+        assert!(line.starts_with("testudo-w") || line.starts_with("testudo-sup"), "{line:?}");
     }
     job.signal(libc::SIGKILL);
     job.wait();
@@ -363,7 +367,9 @@ fn each_segment_is_writable_in_one_process_only() {
     let mut writers: std::collections::BTreeMap<String, Vec<u32>> =
         std::collections::BTreeMap::new();
     let workers = job.workers(2);
-    for pid in workers.iter().copied().chain([job.pid()]) {
+    let supervisor = job.supervisor();
+    assert!(segments(job.pid()).is_empty(), "the keeper looks into no segment");
+    for pid in workers.iter().copied().chain([supervisor]) {
         for (name, is_writable) in segments(pid) {
             let pids = writers.entry(name).or_default();
             if is_writable && !pids.contains(&pid) {
@@ -371,10 +377,10 @@ fn each_segment_is_writable_in_one_process_only() {
             }
         }
     }
-    // Control, two workers, sixteen groups of the one operator with state.
-    assert_eq!(writers.len(), 3 + 16, "{writers:?}");
+    // Control, two workers, sixteen groups of the one operator with state, the chronicle.
+    assert_eq!(writers.len(), 3 + 16 + 1, "{writers:?}");
     assert!(writers.values().all(|pids| pids.len() == 1), "{writers:?}");
-    assert_eq!(writers["job-control"], [job.pid()]);
+    assert_eq!(writers["job-control"], [supervisor]);
     for worker in workers {
         // What was mapped needs no descriptor any more; what is kept must not be writable
         // elsewhere.
@@ -404,14 +410,15 @@ fn poisoned(flow: &Flow, _: &str) {
 }
 
 fn a_record_that_always_panics_ends_the_job_with_the_panics_words() {
-    let ended = Cli::new("poisoned", "").workers(2).args(["--restart-budget", "3"]).run();
+    let ended = Cli::new("poisoned", "").workers(2).args(["--restart-budget", "2"]).run();
     assert_eq!(ended.code, Some(5), "{}", ended.err);
-    let words =
-        "died 4 times in a row without finishing a step (SIGABRT; its last words: panicked at ";
+    let words = "died 3 times in a row without finishing a step (SIGABRT in for_each, processing \
+                 one record, ";
     assert!(ended.err.contains(words), "{}", ended.err);
+    assert!(ended.err.contains("; its last words: panicked at "), "{}", ended.err);
     assert!(ended.err.contains("record 77777 is poison"), "{}", ended.err);
     assert!(
-        ended.err.trim_end().ends_with("; mend the cause, or raise --restart-budget"),
+        ended.err.trim_end().ends_with("; mend the cause, or raise --max-restarts"),
         "{}",
         ended.err
     );
@@ -493,7 +500,7 @@ fn a_worker_that_leaves_by_itself_has_died() {
         ended.err,
         "job: worker 0 died 3 times in a row without finishing a step (exit code 0); mend the \
          cause, or raise \
-         --restart-budget\n"
+         --max-restarts\n"
     );
 }
 

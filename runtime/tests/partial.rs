@@ -39,7 +39,12 @@ type Text = <String as Record>::View;
 
 fn partial(workers: usize) -> Settings {
     let rate = Some(400_000);
-    Settings { completeness: Completeness::Partial, ring_bytes: 4096, rate, ..settings(workers) }
+    Settings {
+        completeness: Some(Completeness::Partial),
+        ring_bytes: 4096,
+        rate,
+        ..settings(workers)
+    }
 }
 
 /// Keeps a successor of worker 1 from taking its place while the test's file `hold` is there: the
@@ -129,12 +134,28 @@ impl Holdable {
     }
 }
 
-/// Checks that every record that was sent is in the output once or was dropped, and gives how many were dropped.
+/// Checks that every record that was sent is in the output once or was dropped, and gives how many
+/// were dropped.
 fn assert_conserved(report: &Report, lines: &[String], sent: u64) -> u64 {
     assert_eq!(report.records_out, lines.len() as u64, "records that the sinks counted");
     assert_eq!(sent, lines.len() as u64 + report.dropped, "sent = processed + dropped");
+    assert_accounted(report);
     assert!(lines.windows(2).all(|pair| pair[0] != pair[1]), "a record came twice");
     report.dropped
+}
+
+/// Checks the accounts of all edges: nothing is on its way any more, and workers add up to the
+/// whole.
+fn assert_accounted(report: &Report) {
+    assert_eq!(report.unaccounted, 0, "{:?}", report.edges);
+    for edge in &report.edges {
+        assert_eq!(edge.sent, edge.processed + edge.dropped + edge.dead_lettered, "{edge:?}");
+        let sent: u64 = edge.workers.iter().map(|worker| worker.sent).sum();
+        let dropped: u64 = edge.workers.iter().map(|worker| worker.dropped).sum();
+        assert_eq!((edge.sent, edge.dropped), (sent, dropped), "{edge:?}");
+    }
+    let dropped: u64 = report.edges.iter().map(|edge| edge.dropped).sum();
+    assert_eq!(report.dropped, dropped, "{:?}", report.edges);
 }
 
 fn to_parts<T: Record, R: std::fmt::Display>(
@@ -295,6 +316,11 @@ fn what_is_not_dropped_is_exact_across_kills() {
     assert_eq!(report.restarts.len(), kills);
     let lines = sorted_parts(&folder.path().join("out"));
     assert_eq!(report.records_out, lines.len() as u64);
+    assert_accounted(&report);
+    assert_eq!(report.edges.len(), 2);
+    assert_eq!(report.edges[0].sent, report.records_in);
+    assert_eq!(report.edges[1].sent, 2 * report.edges[0].processed);
+    assert_eq!(report.edges[1].processed, report.records_out);
     assert!(lines.windows(2).all(|pair| pair[0] != pair[1]), "a record came twice");
     // A record that the first edge dropped would have become two.
     let lost = 2 * report.records_in - lines.len() as u64;
@@ -306,7 +332,7 @@ fn what_is_not_dropped_is_exact_across_kills() {
 }
 
 fn full_completeness_waits_for_the_dead() {
-    let full = Settings { completeness: Completeness::Full, ..partial(2) };
+    let full = Settings { completeness: Some(Completeness::Full), ..partial(2) };
     let job = Holdable::start(shared_out, full);
     job.hold_down();
     job.wait_until_stuck();

@@ -22,6 +22,9 @@ pub enum Access {
     Owner,
     /// A reader: the mapping faults on a store.
     Peer,
+    /// A reader that becomes the writer once the present one is dead, by
+    /// [`Arena::make_writable`]. The descriptor must be a writable one.
+    Heir,
 }
 
 /// A reserved address range with segments mapped into it.
@@ -107,7 +110,7 @@ impl Arena {
         );
         let prot = match access {
             Access::Owner => libc::PROT_READ | libc::PROT_WRITE,
-            Access::Peer => libc::PROT_READ,
+            Access::Peer | Access::Heir => libc::PROT_READ,
         };
         let offset = libc::off_t::try_from(from)
             .map_err(|_| SetupError::other("offset too large", std::io::ErrorKind::InvalidInput))?;
@@ -147,6 +150,83 @@ impl Arena {
     ) -> Result<(), SetupError> {
         self.map(fd, from, len, at, access)?;
         self.map(fd, from, len, at + len, access)
+    }
+
+    /// Brings what there is of a mapped range into this process's page tables, so that the first
+    /// access to each page costs no fault. The caller names parts that have pages: a hole of a
+    /// segment would get some. Without effect before Linux 5.14.
+    pub fn populate(&self, at: usize, len: usize) {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: it reads pages of our own reservation into the page tables, no more.
+        unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_POPULATE_READ) };
+    }
+
+    /// As [`Arena::populate`], to be written: of a range that may be, and that has pages. One costs
+    /// half of what its first access would, which brings its neighbours as well.
+    pub fn populate_to_write(&self, at: usize, len: usize) {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: as above; no byte changes.
+        unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_POPULATE_WRITE) };
+    }
+
+    /// Makes a mapping of its own out of a part of one, by a difference that does not matter: core
+    /// files have it. What is brought into the page tables there brings no neighbours with it, and
+    /// making it writable splits nothing.
+    pub fn set_apart(&self, at: usize, len: usize) {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: advice on our own reservation.
+        unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_DODUMP) };
+    }
+
+    /// Makes a range of neighbouring mappings writable that were made as [`Access::Heir`]: its
+    /// former writer is dead. One call for many mappings: each call empties the processor's cache
+    /// of translations once.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or something in the range was mapped from a read-only descriptor.
+    pub fn make_writable(&self, at: usize, len: usize) -> Result<(), SetupError> {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the range lies in our own reservation; only what may be done with it changes.
+        if unsafe { libc::mprotect(self.base.add(at).cast(), len, prot) } != 0 {
+            return Err(SetupError::last(format!(
+                "cannot make {len} bytes at arena offset {at} writable"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Takes [`Arena::make_writable`] back.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn make_readable(&self, at: usize, len: usize) -> Result<(), SetupError> {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        // SAFETY: as above.
+        if unsafe { libc::mprotect(self.base.add(at).cast(), len, libc::PROT_READ) } != 0 {
+            return Err(SetupError::last(format!(
+                "cannot make {len} bytes at arena offset {at} read-only"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Takes a range out of the arena again: what it showed is no business of this process any
+    /// more.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn forget(&self, at: usize, len: usize) -> Result<(), SetupError> {
+        assert!(at.is_multiple_of(PAGE) && len.is_multiple_of(PAGE));
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: the range lies in our own reservation, to which it goes back.
+        let got =
+            unsafe { libc::mmap(self.base.add(at).cast(), len, libc::PROT_NONE, flags, -1, 0) };
+        if got == libc::MAP_FAILED {
+            return Err(SetupError::last(format!("cannot unmap {len} bytes at offset {at}")));
+        }
+        Ok(())
     }
 
     /// Asks for huge pages on a mapped range. Without effect where the system does not give them

@@ -11,8 +11,8 @@
 //!   count includes it, and all of it goes through the transaction;
 //! - a cell keeps the size that it was created with; asking with another size is an error, not a
 //!   reinterpretation;
-//! - what a dead process left is checked before it is used: a directory that cannot be true is an
-//!   error, never a panic.
+//! - what a dead process left is checked before it is used: a directory that cannot be true, or
+//!   whose entries are not those that were made, is an error, never a panic.
 //!
 //! Called while attaching; afterwards a cell is just a [`Place`].
 
@@ -21,7 +21,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-const MAGIC: u64 = 0x7465_7374_6365_6c31;
+/// First word of a directory.
+pub const MAGIC: u64 = 0x7465_7374_6365_6c31;
 /// Cells that a directory can name.
 pub const ENTRIES: u64 = 16_384;
 
@@ -42,9 +43,18 @@ struct DirectoryHead {
     magic: u64,
     count: u32,
     used: u32,
+    /// Of all entries, in whatever order they are looked at.
+    checksum: u64,
 }
 
-const _: () = assert!(size_of::<Entry>() == 16 && size_of::<DirectoryHead>() == 16);
+const _: () = assert!(size_of::<Entry>() == 16 && size_of::<DirectoryHead>() == 24);
+
+impl Entry {
+    /// What it adds to the directory's checksum.
+    fn share(self) -> u64 {
+        crate::hash::key_hash(self.as_bytes())
+    }
+}
 
 /// Why a cell could not be opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,9 +120,10 @@ impl Cells {
         let cells = Self { at, len, index: RefCell::default() };
         let head = txn.get(cells.head(txn));
         match head.magic {
-            MAGIC if cells.is_sound(head) => Ok(cells),
+            MAGIC if cells.is_sound(head) && cells.verify(txn, head) => Ok(cells),
             0 => {
-                let head = DirectoryHead { magic: MAGIC, count: 0, used: DIRECTORY as u32 };
+                let used = DIRECTORY as u32;
+                let head = DirectoryHead { magic: MAGIC, count: 0, used, checksum: 0 };
                 txn.set(cells.head(txn), head);
                 Ok(cells)
             }
@@ -120,11 +131,32 @@ impl Cells {
         }
     }
 
+    /// Whether there is no directory at arena offset `at` yet.
+    #[must_use]
+    pub fn is_unmade(txn: &Txn, at: u64) -> bool {
+        let head: DirectoryHead = txn.get(txn.place(at));
+        head.as_bytes().iter().all(|byte| *byte == 0)
+    }
+
     fn is_sound(&self, head: DirectoryHead) -> bool {
         let used = u64::from(head.used);
         // An area with no room for cells has a directory all the same.
         let fits = used == DIRECTORY || (used > DIRECTORY && used <= self.len);
         fits && used.is_multiple_of(8) && u64::from(head.count) <= ENTRIES
+    }
+
+    /// Whether the entries are those that were made: one cell behind the other, and the checksum.
+    fn verify(&self, txn: &Txn, head: DirectoryHead) -> bool {
+        let (mut end, mut checksum) = (DIRECTORY, 0);
+        for index in 0..head.count {
+            let entry = txn.get(self.entry(txn, index));
+            if u64::from(entry.offset) != end {
+                return false;
+            }
+            end += u64::from(entry.bytes).next_multiple_of(8);
+            checksum ^= entry.share();
+        }
+        (end, checksum) == (u64::from(head.used), head.checksum)
     }
 
     /// Whether an entry's cell lies behind the directory and within what is in use.
@@ -185,7 +217,8 @@ impl Cells {
         }
         let entry = Entry { name, offset: head.used, bytes: bytes as u32 };
         txn.set(self.entry(txn, head.count), entry);
-        let grown = DirectoryHead { count: head.count + 1, used: used as u32, ..head };
+        let checksum = head.checksum ^ entry.share();
+        let grown = DirectoryHead { count: head.count + 1, used: used as u32, checksum, ..head };
         txn.set(self.head(txn), grown);
         Some(self.at + u64::from(head.used))
     }

@@ -154,6 +154,11 @@ impl Consumer {
         }
     }
 
+    /// As [`Consumer::look`], as a replica: the tail as its worker found it.
+    pub fn look_to(&mut self, tail: u64) {
+        self.moved_to(tail);
+    }
+
     /// Asks for what is new, all lines at once: a load at a time would wait for one after the
     /// other.
     #[inline(always)]
@@ -247,6 +252,20 @@ impl Consumer {
         // before it.
         self.word(self.parts.head).store(self.head, Ordering::Release);
         self.published = self.head;
+    }
+
+    /// As [`Consumer::publish`], as far as `limit`: somebody else has not read what follows. True
+    /// when that is further than before.
+    #[inline]
+    pub fn publish_to(&mut self, limit: u64) -> bool {
+        let to = self.head.min(limit);
+        let is_news = to > self.published;
+        if is_news {
+            // SYNC ring-head: as in `publish`.
+            self.word(self.parts.head).store(to, Ordering::Release);
+            self.published = to;
+        }
+        is_news
     }
 
     /// Where the producer's tail stood at its cut `epoch`; `None` before it has made that cut. What

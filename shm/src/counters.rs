@@ -29,9 +29,10 @@ const _: () = assert!(size_of::<Counter>() == ENTRY);
 
 /// Names the counter at arena offset `at` and gives the place of its value.
 pub fn open(txn: &mut Txn, at: u64, label: &str) -> Place<u64> {
-    let bytes = label.len().min(LABEL);
+    let label = kept(label);
+    let bytes = label.len();
     let mut text = [0u8; LABEL];
-    text[..bytes].copy_from_slice(&label.as_bytes()[..bytes]);
+    text[..bytes].copy_from_slice(label.as_bytes());
     let place = txn.place::<[u8; LABEL]>(at + 16);
     txn.set(place, text);
     let place = txn.place::<u64>(at + 8);
@@ -39,7 +40,32 @@ pub fn open(txn: &mut Txn, at: u64, label: &str) -> Place<u64> {
     txn.place(at)
 }
 
+/// The label of the counter at arena offset `at`; `None` while it has none.
+#[must_use]
+pub fn label(txn: &Txn, at: u64) -> Option<String> {
+    let bytes = usize::try_from(txn.get(txn.place::<u64>(at + 8))).ok()?;
+    let text = txn.get(txn.place::<[u8; LABEL]>(at + 16));
+    (bytes > 0).then(|| String::from_utf8_lossy(&text[..bytes.min(LABEL)]).into_owned())
+}
+
+/// A label as far as a counter keeps it.
+#[must_use]
+pub fn kept(label: &str) -> &str {
+    let mut end = label.len().min(LABEL);
+    while !label.is_char_boundary(end) {
+        end -= 1;
+    }
+    &label[..end]
+}
+
 impl Counter {
+    /// The label, empty while there is none. For readers: it is written once, before its length.
+    #[must_use]
+    pub fn label(&self) -> String {
+        let bytes = self.label_bytes.load(Ordering::Acquire).min(LABEL as u64) as usize;
+        String::from_utf8_lossy(&self.label[..bytes]).into_owned()
+    }
+
     /// The value.
     #[must_use]
     pub fn value(&self) -> u64 {

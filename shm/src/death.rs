@@ -11,8 +11,11 @@
 //! - `set_robust_list` replaces the C library's list for this thread: no robust pthread mutex is
 //!   used on it.
 //!
-//! Called by the worker while attaching, by the supervisor while watching, by producers that ask
-//! whether a peer lives.
+//! A worker that gives way to its successor in good order releases the claim instead of dying; the
+//! successor, which waits for nothing else, then claims.
+//!
+//! Called by the worker while attaching and when it leaves, by the supervisor while watching, by
+//! producers that ask whether a peer lives.
 
 use crate::header::{DEATH_WORDS, LineWord, WorkerHeader};
 use crate::primitive::{AtomicU32, Ordering};
@@ -21,6 +24,23 @@ const OWNER_DIED: u32 = 0x4000_0000;
 const WAITERS: u32 = 0x8000_0000;
 const TID_MASK: u32 = 0x3FFF_FFFF;
 const WORDS: usize = DEATH_WORDS + 1;
+
+/// The order in which the kernel marks the words of the dead. The claim comes first: whoever sees a
+/// death word marked finds the claim free, however long the dying thread is kept from going on
+/// between the two. Then the standby is woken, who takes over, and those who only hear of it.
+const ORDER: [usize; WORDS] = {
+    let mut order = [0; WORDS];
+    (order[0], order[1]) = (DEATH_WORDS, STANDBY);
+    let (mut at, mut word) = (2, 0);
+    while word < DEATH_WORDS {
+        if word != STANDBY {
+            order[at] = word;
+            at += 1;
+        }
+        word += 1;
+    }
+    order
+};
 
 /// Whether the process behind a death word has died.
 #[must_use]
@@ -32,6 +52,17 @@ pub fn is_dead(word: &AtomicU32) -> bool {
 #[must_use]
 pub fn owner(word: &AtomicU32) -> u32 {
     word.load(Ordering::Acquire) & TID_MASK
+}
+
+/// The place of the standby among the death words; the supervisor's is 0.
+pub const STANDBY: usize = 1;
+
+/// Says to the waiters on a worker's death words, but for the supervisor, who started it, that
+/// there is a new process behind them.
+pub fn tell(header: &WorkerHeader) {
+    for word in &header.death[STANDBY..] {
+        crate::wait::wake_all(&word.word);
+    }
 }
 
 /// One node of the kernel's list, at the same stride as the shared words.
@@ -104,20 +135,15 @@ pub fn claim(header: &'static WorkerHeader, between: impl FnOnce()) -> Result<()
     }
     between();
     // Linked first: the kernel passes over words that do not name this thread, and no word that
-    // does is ever unlinked. The claim comes first: whoever sees a death word marked finds the
-    // claim free, however long the dying thread is kept from going on between the two.
-    for index in 0..WORDS {
-        let next = match index {
-            DEATH_WORDS => first,
-            _ if index + 1 == DEATH_WORDS => at.cast(),
-            _ => first.wrapping_add(index + 1),
-        };
+    // does is ever unlinked.
+    for (position, &index) in ORDER.iter().enumerate() {
+        let next = ORDER.get(position + 1).map_or(at.cast(), |&next| first.wrapping_add(next));
         // SAFETY: index is inside the leaked array.
         unsafe { (&raw mut (*first.add(index)).next).write_volatile(next) };
     }
     // SAFETY: as above: volatile, since only the kernel reads them.
     unsafe {
-        (&raw mut (*at).next).write_volatile(first.wrapping_add(DEATH_WORDS));
+        (&raw mut (*at).next).write_volatile(first.wrapping_add(ORDER[0]));
         (&raw mut (*at).pending).write_volatile(std::ptr::null_mut());
     }
     for word in &header.death {
@@ -134,6 +160,28 @@ pub fn release(header: &WorkerHeader) {
     }
     header.claim.word.store(0, Ordering::Release);
 }
+
+/// As [`release`], for a successor that waits on the claim: wakes it. `between` is called when the
+/// death words are cleared and the claim is not (a test's kill point).
+pub fn give_way(header: &WorkerHeader, between: impl FnOnce()) {
+    for word in &header.death {
+        word.word.store(0, Ordering::Release);
+    }
+    between();
+    header.claim.word.store(0, Ordering::Release);
+    crate::wait::wake_all(&header.claim.word);
+}
+
+// The claim first, then who takes over, and each word once.
+const _: () = {
+    assert!(ORDER[0] == DEATH_WORDS && ORDER[1] == STANDBY);
+    let (mut at, mut seen) = (0, 0);
+    while at < WORDS {
+        seen |= 1u32 << ORDER[at];
+        at += 1;
+    }
+    assert!(seen == (1 << WORDS) - 1);
+};
 
 // Loom's atomics have other sizes; nothing is shared with another process there.
 #[cfg(not(loom))]

@@ -13,7 +13,7 @@ use crate::primitive::{AtomicU32, AtomicU64};
 pub const MAGIC: u64 = 0x7465_7374_7564_6f31;
 
 /// Version of every shared layout; a change is a new number.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 8;
 
 /// Waiters that can each have a death word: supervisor, standby, replica, and one to spare.
 pub const DEATH_WORDS: usize = 4;
@@ -71,7 +71,10 @@ pub struct WorkerHeader {
     pub pid: AtomicU32,
     /// A [`WorkerState`].
     pub state: AtomicU32,
-    reserved: [u64; 3],
+    /// When that process started, in clock ticks since the machine did: with its id, it names one
+    /// process.
+    pub started: AtomicU64,
+    reserved: [u64; 2],
     reserved_line: [u64; 8],
     /// Bumped and woken when something was published for a sleeper.
     pub bell: AtomicU32,
@@ -91,7 +94,19 @@ pub struct WorkerHeader {
     pub rolled_back: AtomicU64,
     /// Lowest watermark that its stages have noted, milliseconds as a signed number; 0 before any.
     pub watermark: AtomicU64,
-    commit_line: [u64; 10],
+    /// Monotonic clock when an incarnation gave way to its successor, nanoseconds; 0 before any
+    /// did.
+    pub gave_way_ns: AtomicU64,
+    /// Monotonic clock at the last commit of the incarnation before this one, nanoseconds.
+    pub before_ns: AtomicU64,
+    /// Turns of this incarnation's loop: who is stuck in a step takes no other.
+    pub turns: AtomicU64,
+    /// How many incarnations gave way in good order.
+    pub gave_way: AtomicU64,
+    /// Monotonic clock when values that were migrated to another type became final, nanoseconds; 0
+    /// before any did. Stored before the commit that does it.
+    pub migrated_ns: AtomicU64,
+    commit_line: [u64; 5],
     /// Robust futexes: the thread id while alive, OWNER_DIED afterwards; one for each waiter (R1).
     pub death: [LineWord; DEATH_WORDS],
     /// Robust as well: whose turn it is to own this segment (R2).
@@ -105,7 +120,76 @@ pub struct WorkerHeader {
     pub cut: CutWords,
     /// Not zero while something of the checkpoint that the job went on from is still to be read.
     pub restoring: AtomicU64,
-    restoring_line: [u64; 7],
+    /// Not zero once everything was laid out: from then on, what is empty was emptied.
+    pub founded: AtomicU64,
+    restoring_line: [u64; 6],
+    /// What this worker has spent its time on, all incarnations together.
+    pub times: TimeWords,
+    /// How the systems outside of the job are that it reads from and writes to.
+    pub outside: [OutsideWords; OUTSIDE],
+}
+
+/// Nanoseconds by what they were spent on; each only grows, and goes on in the next incarnation.
+#[derive(Debug)]
+#[repr(C)]
+pub struct TimeWords {
+    /// Steps that took something.
+    pub busy_ns: AtomicU64,
+    /// Nothing to take.
+    pub idle_ns: AtomicU64,
+    /// Something to take, and no room for what comes of it.
+    pub pressed_ns: AtomicU64,
+    /// The same, because a system outside of the job does not take what a sink has.
+    pub waiting_ns: AtomicU64,
+    /// Monotonic clock since when that is so; 0 while it is not. A worker that waits is not hung.
+    pub waiting_since_ns: AtomicU64,
+    times_line: [u64; 3],
+}
+
+/// Systems outside of the job that a worker can say something about, one slot each; further ones
+/// share the last.
+pub const OUTSIDE: usize = 8;
+
+/// A file, disk or other system outside of the job, as a worker finds it. All fields are stored
+/// before `state`.
+#[derive(Debug)]
+#[repr(C)]
+pub struct OutsideWords {
+    /// The operator that reads or writes it, counted from 1; 0 for a slot that is not used.
+    pub operator: AtomicU64,
+    /// An [`OutsideState`].
+    pub state: AtomicU64,
+    /// Milliseconds since 1970 at which that began.
+    pub since_ms: AtomicU64,
+    /// The operating system's number of the last error; 0 for none.
+    pub errno: AtomicU64,
+    /// Tries that failed, in all.
+    pub retries: AtomicU64,
+    outside_line: [u64; 3],
+}
+
+/// How a system outside of the job is, in [`OutsideWords::state`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+pub enum OutsideState {
+    /// It works.
+    Ok = 0,
+    /// It refuses, and the job goes on without it.
+    Failing = 1,
+    /// It refuses, and the worker waits for it.
+    Waiting = 2,
+}
+
+impl OutsideState {
+    /// The state behind a word; an unknown one reads as `Failing`.
+    #[must_use]
+    pub fn of(word: u64) -> Self {
+        match word {
+            0 => Self::Ok,
+            2 => Self::Waiting,
+            _ => Self::Failing,
+        }
+    }
 }
 
 /// A worker's word on a cut. All fields are stored before `epoch`.
@@ -185,6 +269,9 @@ const _: () = {
     assert!(std::mem::offset_of!(WorkerHeader, death) == 512);
     assert!(std::mem::offset_of!(WorkerHeader, claim) == 768);
     assert!(std::mem::offset_of!(WorkerHeader, cut) == 1920);
+    assert!(std::mem::offset_of!(WorkerHeader, times) == 2240);
+    assert!(std::mem::offset_of!(WorkerHeader, outside) == 2304);
+    assert!(size_of::<OutsideWords>() == 64);
     assert!(size_of::<WorkerHeader>() <= 4096);
 };
 
@@ -196,18 +283,31 @@ pub struct ControlHeader {
     pub magic: AtomicU64,
     /// [`LAYOUT_VERSION`].
     pub version: AtomicU32,
-    /// Bytes of the job description that follows this page.
-    pub description_bytes: AtomicU32,
+    reserved_half: u32,
     /// Hash of the plan.
     pub plan: AtomicU64,
     /// Process id of the supervisor.
     pub supervisor: AtomicU32,
-    reserved: u32,
-    reserved_words: [u64; 12],
+    /// How many supervisors the job had before the one that leads it now. A worker that was started
+    /// by an earlier one gives its claim up again (R2).
+    pub reign: AtomicU32,
+    /// Zero: a worker has its process id there, and readers tell the two by that.
+    no_worker: u64,
+    /// When that supervisor had taken the lead, in nanoseconds of the monotonic clock.
+    pub led_ns: AtomicU64,
+    /// How often the job's description was written; its lowest bit is the slot that counts, of the
+    /// two that follow this page. The other one may be being written.
+    pub description: AtomicU64,
+    /// Bytes of the description in each slot.
+    pub description_bytes: [AtomicU64; 2],
+    reserved_words: [u64; 7],
     /// The control word: epoch and routing version (R5, R19), the drain and stop bits of
     /// [`control`].
     pub control: AtomicU64,
-    control_line: [u64; 15],
+    /// The folder that cuts are written to: a number that grows with each change, times two, plus
+    /// 1 for the second folder. Stored before the epoch of the first cut that goes there.
+    pub folder: AtomicU64,
+    control_line: [u64; 14],
     /// Bumped and woken when the control word changed or the supervisor published something.
     pub bell: AtomicU32,
     bell_line: [u32; 31],
@@ -216,6 +316,9 @@ pub struct ControlHeader {
     sleeping_line: [u32; 31],
     /// The regions' epochs, by number of the region.
     pub regions: [RegionWords; REGIONS],
+    /// By worker: the process that is to give way to its successor at the next boundary between two
+    /// steps; 0 for none.
+    pub give_way: [AtomicU32; REGIONS],
 }
 
 /// Regions of a job at most: each has at least one worker.
@@ -248,6 +351,8 @@ pub mod control {
     pub const DRAIN: u64 = 1 << 63;
     /// Sources do not read for the moment.
     pub const PAUSE: u64 = 1 << 61;
+    /// The same, because somebody asked for it: until the job is told to go on.
+    pub const HOLD: u64 = 1 << 60;
     /// All workers are finished and may leave.
     pub const LEAVE: u64 = 1 << 62;
 }

@@ -43,7 +43,17 @@ pub mod death;
 
 pub mod wait;
 
+pub mod standby;
+
+pub mod follow;
+
 pub mod counters;
+
+pub mod marker;
+
+pub mod letter;
+
+pub mod obituary;
 
 pub mod last_words;
 

@@ -33,6 +33,18 @@ pub struct Producer {
     /// comparison says whether a frame fits.
     free_to: u64,
     fault: Option<Fault>,
+    heads: Heads,
+}
+
+/// Where the consumer's head is learned from.
+#[derive(Debug)]
+enum Heads {
+    /// Where the consumer publishes it.
+    Live,
+    /// There as well; what was found is kept for a replica.
+    Noted(Vec<u64>),
+    /// This is a replica: from what its worker found.
+    Told { heads: Vec<u64>, next: usize, is_short: bool },
 }
 
 // SAFETY: the pointers lead into shared mappings that live as long as the process; one thread uses
@@ -48,9 +60,22 @@ impl Producer {
     #[must_use]
     pub unsafe fn attach(parts: RingParts, position: u64) -> Self {
         let head_seen = position.saturating_sub(parts.capacity);
-        let mut this = Self { parts, position, head_seen, free_to: position, fault: None };
+        let (fault, heads) = (None, Heads::Live);
+        let mut this = Self { parts, position, head_seen, free_to: position, fault, heads };
         this.refresh();
         this
+    }
+
+    /// As [`Producer::attach`], as a replica: the consumer is not looked at, and is never right
+    /// here. Nothing fits before [`Producer::tell_heads`].
+    ///
+    /// # Safety
+    /// As [`Producer::attach`].
+    #[must_use]
+    pub unsafe fn attach_as_replica(parts: RingParts, position: u64) -> Self {
+        let head_seen = position.saturating_sub(parts.capacity);
+        let heads = Heads::Told { heads: Vec::new(), next: 0, is_short: false };
+        Self { parts, position, head_seen, free_to: position, fault: None, heads }
     }
 
     fn word(&self, at: NonNull<AtomicU64>) -> &AtomicU64 {
@@ -84,15 +109,38 @@ impl Producer {
         if self.fault.is_some() {
             return;
         }
+        let head = match &mut self.heads {
+            Heads::Live => self.load_head(),
+            Heads::Noted(_) => {
+                let head = self.load_head();
+                if let Heads::Noted(heads) = &mut self.heads {
+                    heads.push(head);
+                }
+                head
+            }
+            Heads::Told { heads, next, is_short } => {
+                let told = heads.get(*next).copied();
+                *next += 1;
+                *is_short |= told.is_none();
+                told.unwrap_or(self.head_seen)
+            }
+        };
+        self.believe(head);
+    }
+
+    fn load_head(&self) -> u64 {
         // SYNC ring-head: pairs with the release store in Consumer::publish; the space behind it is
         // free.
-        let mut head = self.word(self.parts.head).load(Ordering::Acquire);
-        if let Some(replica) = self.parts.replica_head {
-            let other = self.word(replica).load(Ordering::Acquire);
-            if self.position.wrapping_sub(other) > self.position.wrapping_sub(head) {
-                head = other;
-            }
-        }
+        let head = self.word(self.parts.head).load(Ordering::Acquire);
+        let Some(replica) = self.parts.replica_head else {
+            return head;
+        };
+        let other = self.word(replica).load(Ordering::Acquire);
+        let is_behind = self.position.wrapping_sub(other) > self.position.wrapping_sub(head);
+        if is_behind { other } else { head }
+    }
+
+    fn believe(&mut self, head: u64) {
         match cursor::between(head, self.head_seen, self.position, self.parts.capacity) {
             Ok(head) => {
                 self.head_seen = head;
@@ -102,6 +150,53 @@ impl Producer {
                 self.fault = Some(fault);
                 self.free_to = self.position;
             }
+        }
+    }
+
+    /// Begins to keep what is learned of the consumer's head, or begins again: gives what is known
+    /// at this moment.
+    #[inline]
+    pub fn note_heads(&mut self) -> u64 {
+        match &mut self.heads {
+            Heads::Noted(heads) => heads.clear(),
+            other => *other = Heads::Noted(Vec::new()),
+        }
+        self.head_seen
+    }
+
+    /// What was learned since [`Producer::note_heads`], in order.
+    #[must_use]
+    pub fn noted_heads(&self) -> &[u64] {
+        if let Heads::Noted(heads) = &self.heads { heads } else { &[] }
+    }
+
+    /// Keeps nothing any more.
+    pub fn forget_heads(&mut self) {
+        self.heads = Heads::Live;
+    }
+
+    /// As a replica: the consumer's head as the worker knew it when a step began, and what it
+    /// learned in it. The consumer itself is not asked from here on.
+    pub fn tell_heads(&mut self, seen: u64, learned: impl Iterator<Item = u64>) {
+        let mut heads = match std::mem::replace(&mut self.heads, Heads::Live) {
+            Heads::Told { heads, .. } => heads,
+            _ => Vec::new(),
+        };
+        heads.clear();
+        heads.extend(learned);
+        self.heads = Heads::Told { heads, next: 0, is_short: false };
+        if self.fault.is_none() && self.position.wrapping_sub(seen) <= self.parts.capacity {
+            self.head_seen = seen;
+            self.free_to = seen + self.parts.capacity;
+        }
+    }
+
+    /// As a replica: whether exactly what was told was asked for.
+    #[must_use]
+    pub fn has_asked_for_all(&self) -> bool {
+        match &self.heads {
+            Heads::Told { heads, next, is_short } => *next == heads.len() && !is_short,
+            _ => true,
         }
     }
 

@@ -10,6 +10,8 @@
 //! whole number of pages; geometry comes from the plan, never from shared memory. Either end may be
 //! a process that is no worker. Called by whoever attaches: workers and the supervisor.
 
+use crate::fault::Fault;
+use crate::frame::{HEAD, Head};
 use crate::primitive::AtomicU64;
 use std::ptr::NonNull;
 
@@ -74,5 +76,39 @@ impl RingParts {
                 replica_head: None,
             }
         }
+    }
+
+    /// Whether frames lead from one position to another: looks at what a dead process has left.
+    ///
+    /// # Errors
+    /// What is wrong with a frame, or with the positions.
+    ///
+    /// # Safety
+    /// The data is mapped, and nobody writes between the two positions.
+    pub unsafe fn walk(&self, from: u64, to: u64) -> Result<(), Fault> {
+        let is_near = from <= to && to - from <= self.capacity;
+        if !is_near || !from.is_multiple_of(8) || !to.is_multiple_of(8) {
+            return Err(Fault::Position { found: to, own: from, capacity: self.capacity });
+        }
+        let mut at = from;
+        while at < to {
+            // SAFETY: passed on.
+            at += HEAD + unsafe { self.frame_at(at, to) }?.bytes;
+        }
+        Ok(())
+    }
+
+    /// The head of the frame at a position that is a multiple of eight, of those up to `to`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    ///
+    /// # Safety
+    /// As [`RingParts::walk`].
+    pub unsafe fn frame_at(&self, at: u64, to: u64) -> Result<Head, Fault> {
+        let place = (at & (self.capacity - 1)) as usize & !7;
+        // SAFETY: masked, 8-aligned, inside the data.
+        let word = unsafe { self.data.as_ptr().add(place).cast::<u64>().read() };
+        Head::check(word, at, to.saturating_sub(at))
     }
 }

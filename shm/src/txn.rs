@@ -11,6 +11,9 @@
 //! - rollback never consumes the log: it restores, then zeroes the length last; a crash in it just
 //!   repeats it;
 //! - only the length commits, however long the log has become;
+//! - a part of a transaction may be kept by itself (`keep_since`): the length goes back to where
+//!   that part began, in one store as well;
+//! - the length is stored with its seal: of a damaged one nothing is undone;
 //! - an entry can be walked from its end: `[old bytes, padded to 8][offset << 16 | bytes]`.
 //!
 //! Every write to state passes `log` (undone on rollback) or `fresh` (to memory that nothing
@@ -54,6 +57,8 @@ pub struct Txn {
     capacity: u64,
     arena_len: u64,
     serial: u64,
+    /// Length of the log when the stages of this step began.
+    begun: u64,
     /// The tracker's map and present value, or null and zero when nothing is tracked.
     map: *mut u8,
     now: u8,
@@ -83,6 +88,14 @@ impl<T> Place<T> {
     }
 }
 
+/// A length as the root holds it, sealed by its product with an odd number in the upper half: a
+/// damaged root is not taken for another length. (Entries of earlier transactions stand where they
+/// stood.)
+#[inline(always)]
+const fn sealed(len: u64) -> u64 {
+    len.wrapping_mul(0x9E37_79B9_0000_0001)
+}
+
 impl Txn {
     /// A transaction on `base..base + arena_len` whose log is at `log`: 64 bytes of root, then the
     /// entries.
@@ -100,8 +113,8 @@ impl Txn {
         soft_limit: usize,
     ) -> Self {
         assert!(
-            log_len > 64 && log.addr().is_multiple_of(8),
-            "a log has a root line and room for entries"
+            log_len > 64 && log_len < 1 << 32 && log.addr().is_multiple_of(8),
+            "a log has a root line and room for entries, and its length fits into half a word"
         );
         // SAFETY: the caller promises that log..log + log_len is ours.
         let (root, entries) = unsafe {
@@ -118,11 +131,12 @@ impl Txn {
             capacity: (log_len - 64) as u64,
             arena_len: arena_len as u64,
             serial: 0,
+            begun: 0,
             map: std::ptr::null_mut(),
             now: 0,
             tracker: None,
         };
-        txn.len = txn.root().load(Ordering::Acquire).min(txn.capacity);
+        txn.len = txn.stored_len().unwrap_or(0);
         txn
     }
 
@@ -141,6 +155,14 @@ impl Txn {
     fn root(&self) -> &AtomicU64 {
         // SAFETY: root points into the log, which the creator promised to outlive self.
         unsafe { self.root.as_ref() }
+    }
+
+    /// The length that the root says; the root itself where it says none.
+    fn stored_len(&self) -> Result<u64, u64> {
+        let root = self.root().load(Ordering::Acquire);
+        let len = root & u64::from(u32::MAX);
+        let is_sound = root == sealed(len) && len <= self.capacity && len.is_multiple_of(8);
+        if is_sound { Ok(len) } else { Err(root) }
     }
 
     /// From here on, keeps account of the blocks that are written.
@@ -236,7 +258,65 @@ impl Txn {
     #[inline(always)]
     #[must_use]
     pub fn is_nearly_full(&self) -> bool {
-        self.len > self.soft_limit - self.soft_limit / 4
+        self.len - self.begun > self.soft_limit - self.soft_limit / 4
+    }
+
+    /// Says that the stages of a step begin. What was logged before them (a cut) shortens no step:
+    /// one that a replica takes again ends where the worker's did.
+    #[inline(always)]
+    pub fn begin_stages(&mut self) {
+        self.begun = self.len;
+    }
+
+    /// Where the newest change of the open step is; 0 where there is none.
+    #[must_use]
+    pub fn newest(&self) -> u64 {
+        if self.len <= self.begun {
+            return 0;
+        }
+        // SAFETY: the log's length is the end of an entry, where its header word stands.
+        unsafe { self.entries.as_ptr().add(self.len as usize - 8).cast::<u64>().read() >> 16 }
+    }
+
+    /// Checksum of bytes that are mapped, by arena offset.
+    ///
+    /// # Panics
+    /// When they lie outside the arena: offsets come from our own plan.
+    #[must_use]
+    pub fn checksum(&self, offset: u64, bytes: u64) -> u64 {
+        if bytes == 0 {
+            return 0;
+        }
+        assert!(offset.checked_add(bytes).is_some_and(|end| end <= self.arena_len), "{offset}");
+        // SAFETY: inside the arena, and mapped as every place that is named by an offset.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(self.base.as_ptr().add(offset as usize), bytes as usize)
+        };
+        crate::follow::checksum(bytes)
+    }
+
+    /// Checksum of the newest changes of the open step, at most `max`: where they are, and what is
+    /// there now. Nothing of what was logged before the stages began.
+    #[must_use]
+    pub fn digest(&self, max: usize) -> u64 {
+        let (mut at, mut sum) = (self.len, 0);
+        for _ in 0..max {
+            if at <= self.begun {
+                break;
+            }
+            // SAFETY: `at` is the end of an entry, where its header word stands.
+            let head = unsafe { self.entries.as_ptr().add(at as usize - 8).cast::<u64>().read() };
+            let (offset, bytes) = (head >> 16, head & 0xFFFF);
+            sum = crate::follow::mix(sum, head);
+            // SAFETY: the place of an entry of this step lies in the arena and is mapped.
+            let now = unsafe {
+                let place = self.base.as_ptr().add(offset as usize);
+                std::slice::from_raw_parts(place, bytes as usize)
+            };
+            sum = crate::follow::mix(sum, crate::hash::key_hash(now));
+            at = at.saturating_sub(((bytes + 7) & !7) + 8);
+        }
+        sum
     }
 
     /// The place of a `T` at an arena offset.
@@ -314,15 +394,16 @@ impl Txn {
         }
         self.len = next;
         compiler_fence(Ordering::SeqCst);
-        self.root().store(next, Ordering::Relaxed);
+        self.root().store(sealed(next), Ordering::Relaxed);
         compiler_fence(Ordering::SeqCst);
     }
 
     /// Begins a run of up to `entries` log entries of `bytes` each, which come into force together:
-    /// one bump of the length for all of them. `None` when the log has no room for that many, or
-    /// they are too long.
+    /// one bump of the length for all of them. `crosses` says whether a place may begin in one
+    /// block and end in the next. `None` when the log has no room for that many, or they are too
+    /// long.
     #[inline(always)]
-    pub fn run(&mut self, entries: usize, bytes: usize) -> Option<LogRun<'_>> {
+    pub fn run(&mut self, entries: usize, bytes: usize, crosses: bool) -> Option<LogRun<'_>> {
         let need = entries as u64 * (((bytes + 7) & !7) as u64 + 8);
         if self.len + need > self.capacity || bytes > ENTRY_BYTES_MAX {
             return None;
@@ -333,8 +414,11 @@ impl Txn {
             base: self.base.addr().get() as u64,
             map: self.map,
             now: self.now,
+            unlisted: 0,
+            begun: self.len,
             cursor,
             bytes,
+            crosses,
             left: entries,
             txn: self,
         })
@@ -380,8 +464,35 @@ impl Txn {
         compiler_fence(Ordering::SeqCst);
         self.root().store(0, Ordering::Relaxed);
         compiler_fence(Ordering::SeqCst);
-        self.len = 0;
+        (self.len, self.begun) = (0, 0);
         self.serial += 1;
+    }
+
+    /// What was logged since the log had `len` bytes stays, whatever becomes of the transaction: a
+    /// part of it that is right by itself, and needs a log only while it is half done. What was
+    /// logged before is undone as before, so both parts must not change the same places.
+    ///
+    /// ```
+    /// use testudo_shm::txn::Txn;
+    /// let mut memory = vec![0u64; 1024];
+    /// let mut txn = Txn::on_heap(memory.as_mut_slice(), 512);
+    /// let (open, kept) = (txn.place::<u64>(4096), txn.place::<u64>(4104));
+    /// txn.set(open, 1);
+    /// let since = txn.logged();
+    /// txn.set(kept, 2);
+    /// txn.keep_since(since);
+    /// txn.roll_back();
+    /// assert_eq!((txn.get(open), txn.get(kept)), (0, 2));
+    /// ```
+    ///
+    /// # Panics
+    /// When the log is shorter than that.
+    pub fn keep_since(&mut self, len: u64) {
+        assert!(len <= self.len && len.is_multiple_of(8), "the log has {} bytes", self.len);
+        self.len = len;
+        compiler_fence(Ordering::SeqCst);
+        self.root().store(sealed(len), Ordering::Relaxed);
+        compiler_fence(Ordering::SeqCst);
     }
 
     /// Whether a range of the arena touches the log itself, which no entry can have been made from.
@@ -401,18 +512,22 @@ impl Txn {
     /// # Errors
     /// The offending header word.
     pub fn roll_back(&mut self) -> Result<u64, u64> {
-        self.roll_back_with(|| {})
+        self.roll_back_with(|_, _| true, || {})
     }
 
-    /// As [`Txn::roll_back`], calling `between` after each entry (a test's kill point).
+    /// As [`Txn::roll_back`] of a log that a dead process left: an entry that goes to a range
+    /// (arena offset, bytes) that is not `is_own` ends the walk like one that leads out of the
+    /// arena. What was put back before it stays: such memory is not gone on from. Calls `between`
+    /// after each entry (a test's kill point).
     ///
     /// # Errors
     /// The offending header word.
-    pub fn roll_back_with(&mut self, mut between: impl FnMut()) -> Result<u64, u64> {
-        let mut at = self.root().load(Ordering::Acquire);
-        if at > self.capacity || !at.is_multiple_of(8) {
-            return Err(at);
-        }
+    pub fn roll_back_with(
+        &mut self,
+        is_own: impl Fn(u64, u64) -> bool,
+        mut between: impl FnMut(),
+    ) -> Result<u64, u64> {
+        let mut at = self.stored_len()?;
         let mut undone = 0;
         while at > 0 {
             // SAFETY: 8 <= at <= capacity, and `at` is the end of an entry, where its header word
@@ -420,7 +535,8 @@ impl Txn {
             let head = unsafe { self.entries.as_ptr().add(at as usize - 8).cast::<u64>().read() };
             let (offset, bytes) = (head >> 16, head & 0xFFFF);
             let padded = (bytes + 7) & !7;
-            if offset + bytes > self.arena_len || padded + 8 > at || self.is_log(offset, bytes) {
+            let is_inside = offset + bytes <= self.arena_len && padded + 8 <= at;
+            if !is_inside || self.is_log(offset, bytes) || !is_own(offset, bytes) {
                 return Err(head);
             }
             // SAFETY: both ranges were checked; the entry was made from a writable range of this
@@ -437,7 +553,7 @@ impl Txn {
         compiler_fence(Ordering::SeqCst);
         self.root().store(0, Ordering::Release);
         compiler_fence(Ordering::SeqCst);
-        self.len = 0;
+        (self.len, self.begun) = (0, 0);
         self.serial += 1;
         Ok(undone)
     }
@@ -452,8 +568,13 @@ pub struct LogRun<'a> {
     // The transaction's, where stores to the log cannot make the compiler load them again.
     map: *mut u8,
     now: u8,
+    /// Not 0 when a block of a place was not changed before: one branch for the whole run.
+    unlisted: u8,
+    /// Length of the log before it.
+    begun: u64,
     cursor: *mut u8,
     bytes: usize,
+    crosses: bool,
     left: usize,
 }
 
@@ -469,11 +590,13 @@ impl LogRun<'_> {
         let padded = (self.bytes + 7) & !7;
         if !self.map.is_null() {
             let from = (at.addr() as u64 - self.base) as usize;
-            let (first, last) = (from >> BLOCK_LOG2, (from + self.bytes - 1) >> BLOCK_LOG2);
             // SAFETY: the range lies in the arena, and the map has a byte for each of its blocks.
-            if first != last || unsafe { *self.map.add(first) } != self.now {
-                // SAFETY: passed on.
-                unsafe { self.txn.touch_slow(first, last) };
+            unsafe {
+                self.unlisted |= *self.map.add(from >> BLOCK_LOG2) ^ self.now;
+                if self.crosses {
+                    let last = (from + self.bytes - 1) >> BLOCK_LOG2;
+                    self.unlisted |= *self.map.add(last) ^ self.now;
+                }
             }
         }
         // SAFETY: `run` checked the room for this many entries; `at` is vouched for by the caller.
@@ -487,11 +610,35 @@ impl LogRun<'_> {
 
     /// Puts all entries into force: from here on their places may be changed.
     #[inline(always)]
-    pub fn close(self) {
+    pub fn close(mut self) {
         let next = (self.cursor.addr() - self.txn.entries.addr().get()) as u64;
+        if self.unlisted != 0 {
+            self.touch_all(next);
+        }
         self.txn.len = next;
         compiler_fence(Ordering::SeqCst);
-        self.txn.root().store(next, Ordering::Relaxed);
+        self.txn.root().store(sealed(next), Ordering::Relaxed);
         compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Tells the account of written blocks about all places of the run. Nothing was stored there
+    /// yet: a copy that the open cut needs is still what it has to be.
+    #[cold]
+    #[inline(never)]
+    fn touch_all(&mut self, next: u64) {
+        let padded = ((self.bytes + 7) & !7) as u64;
+        let mut at = self.begun;
+        while at < next {
+            // SAFETY: `add` wrote an entry here, whose header word stands behind its bytes.
+            let head = unsafe {
+                self.txn.entries.as_ptr().add((at + padded) as usize).cast::<u64>().read()
+            };
+            let from = (head >> 16) as usize;
+            // SAFETY: the place is one that was vouched for.
+            unsafe {
+                self.txn.touch_slow(from >> BLOCK_LOG2, (from + self.bytes - 1) >> BLOCK_LOG2);
+            }
+            at += padded + 8;
+        }
     }
 }

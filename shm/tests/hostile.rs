@@ -431,6 +431,49 @@ fn r11_a_damaged_log_is_an_error_and_rolls_back_in_bounds() {
 }
 
 #[test]
+fn r9_a_position_between_two_frames_is_no_position() {
+    for start in STARTS {
+        let scene = Scene::new(start);
+        let parts = scene.ring.parts();
+        let end = scene.ring.tail().load(Ordering::Relaxed);
+        for to in start..=end + 64 {
+            // SAFETY: the ring is mapped, and nobody writes.
+            let is_way = unsafe { parts.walk(start, to) }.is_ok();
+            // Pads have no reader, but a producer may end behind one.
+            let is_known = scene.frames.contains(&to) || [start, end].contains(&to);
+            assert!(is_way || !is_known, "{to} is a frame's position");
+            assert!(!is_way || to <= end, "{to} is behind all frames");
+        }
+        // SAFETY: as above.
+        let is_way = |to: &u64| unsafe { parts.walk(start, *to) }.is_ok();
+        let ways = (start..=end).filter(is_way).count();
+        assert!(ways <= 10, "{ways} positions in five frames");
+    }
+}
+
+#[test]
+fn r11_a_flipped_bit_of_the_length_undoes_nothing() {
+    let mut memory = Memory::new(2 * 4096);
+    let attach = |memory: &Memory| {
+        // SAFETY: as above.
+        unsafe { Txn::attach(memory.base(), 2 * 4096, memory.base(), 4096, 2048) }
+    };
+    let mut txn = attach(&memory);
+    for index in 0..64 {
+        txn.set(txn.place::<u64>(4096 + index * 8), index + 1);
+    }
+    // The entries stand where they stood: their lengths are those that a rollback would believe.
+    txn.commit();
+    let clean = memory.words().to_vec();
+    for bit in 0..64 {
+        memory.words()[0] = clean[0] ^ (1 << bit);
+        let mut txn = attach(&memory);
+        assert_eq!(txn.roll_back(), Err(1 << bit));
+        assert_eq!(memory.words()[1..], clean[1..], "bit {bit} undid something");
+    }
+}
+
+#[test]
 fn r23_last_words_of_any_state_are_read_in_bounds_and_in_the_end() {
     common::limit_seconds(60);
     let memory = Memory::new(PAGE_BYTES);

@@ -11,12 +11,15 @@ use std::fmt::Write;
 use std::mem::offset_of;
 use testudo_shm::cell::{Cells, DIRECTORY, ENTRIES};
 use testudo_shm::counters::{self, Counter};
+use testudo_shm::follow::{FollowerHeader, JournalHeader};
 use testudo_shm::frame::{COUNT_MAX, Head, Kind, Mark};
 use testudo_shm::header::{
-    ControlHeader, CutWords, Gap, LAYOUT_VERSION, MAGIC, RegionWords, WorkerHeader,
+    ControlHeader, CutWords, Gap, LAYOUT_VERSION, MAGIC, OutsideWords, RegionWords, TimeWords,
+    WorkerHeader,
 };
 use testudo_shm::last_words::LastWords;
 use testudo_shm::ring::CutTail;
+use testudo_shm::standby::StandbyHeader;
 use testudo_shm::txn::Txn;
 
 /// Size of a structure, and (name, offset, bytes) of its fields.
@@ -43,13 +46,23 @@ fn compiled() -> BTreeMap<String, Layout> {
     layouts! {
         WorkerHeader {
             magic, version, worker, plan, incarnation, pid, state, bell, sleeping, commits,
-            commit_ns, first_commit_ns, attached_ns, rolled_back, watermark, death, claim,
-            gap_count, gaps, cut, restoring
+            commit_ns, first_commit_ns, attached_ns, rolled_back, watermark, gave_way_ns,
+            before_ns, turns, gave_way, migrated_ns, death, claim,
+            gap_count, gaps, cut, restoring, founded, times, outside
         }
         ControlHeader {
-            magic, version, description_bytes, plan, supervisor, control, bell, sleeping, regions
+            magic, version, plan, supervisor, reign, led_ns, description, description_bytes,
+            control, folder, bell, sleeping, regions, give_way
+        }
+        StandbyHeader { magic, version, state, woken_ns, copied }
+        JournalHeader { granted, active, parting, begin, stood_ns, left_behind, tail }
+        FollowerHeader {
+            wish, copied, pid, state_bytes, follows, mismatches, mismatch_step, mismatch_at,
+            read, steps, checks
         }
         RegionWords { epoch, good, aborted }
+        TimeWords { busy_ns, idle_ns, pressed_ns, waiting_ns, waiting_since_ns }
+        OutsideWords { operator, state, since_ms, errno, retries }
         CutWords {
             epoch, incarnation, failure, errno, file_bytes, index_at, index_bytes, index_checksum,
             flight_bytes, is_full, pause_ns, duration_ns, write_ns, copied_blocks, copied_ns,
@@ -106,7 +119,7 @@ fn the_layout_of_shared_structures_is_the_one_that_is_documented() {
     // These have private fields: see the tests below.
     let private = ["LastWords", "Counter", "DirectoryHead", "Entry"];
     let sizes = private.map(|name| stated.remove(name).expect(name).0);
-    assert_eq!(sizes, [size_of::<LastWords>(), size_of::<Counter>(), 16, 16]);
+    assert_eq!(sizes, [size_of::<LastWords>(), size_of::<Counter>(), 24, 16]);
     assert_eq!(
         as_table(&stated),
         as_table(&compiled),
@@ -198,7 +211,8 @@ fn the_undo_log_lies_where_the_document_says() {
     txn.set(txn.place::<u64>(514 * 8), 1);
     txn.set(txn.place::<[u8; 3]>(4096 + 5), [9; 3]);
     let words = memory.words();
-    assert_eq!(words[0], 32, "root: bytes of log in use");
+    assert_eq!(words[0] & 0xFFFF_FFFF, 32, "root: bytes of log in use");
+    assert_eq!(words[0] >> 32, (32 * 0x9E37_79B9) & 0xFFFF_FFFF, "and above them their product");
     assert!(words[1..8].iter().all(|word| *word == 0), "the rest of the root line is reserved");
     assert_eq!(words[8], 0xABCD, "old bytes");
     assert_eq!(words[9], (514 * 8) << 16 | 8, "offset and length");

@@ -98,12 +98,15 @@ impl Model {
             self.txn = attach(&self.memory);
             let mut left = self.random.below(self.entries as usize + 2);
             let stopped = catch_unwind(AssertUnwindSafe(|| {
-                self.txn.roll_back_with(|| {
-                    if left == 0 {
-                        resume_unwind(Box::new(()));
-                    }
-                    left -= 1;
-                })
+                self.txn.roll_back_with(
+                    |_, _| true,
+                    || {
+                        if left == 0 {
+                            resume_unwind(Box::new(()));
+                        }
+                        left -= 1;
+                    },
+                )
             }));
             if stopped.is_ok() {
                 self.entries = 0;
@@ -170,12 +173,15 @@ fn r11_a_rollback_that_dies_after_any_entry_is_repeated() {
     for stop in (0..=43).step_by(if cfg!(miri) { 14 } else { 1 }) {
         let mut left = stop;
         let stopped = catch_unwind(AssertUnwindSafe(|| {
-            attach(&memory).roll_back_with(|| {
-                left -= 1;
-                if left <= 0 {
-                    resume_unwind(Box::new(()));
-                }
-            })
+            attach(&memory).roll_back_with(
+                |_, _| true,
+                || {
+                    left -= 1;
+                    if left <= 0 {
+                        resume_unwind(Box::new(()));
+                    }
+                },
+            )
         }));
         assert!(stopped.is_err(), "stopped at {stop}");
         assert_ne!(memory.words()[0], 0, "a rollback that did not end emptied the log");

@@ -34,6 +34,8 @@ pub mod root;
 
 mod lock;
 
+mod presence;
+
 pub mod store;
 
 pub mod retire;

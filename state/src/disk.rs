@@ -19,6 +19,7 @@ use std::time::Duration;
 
 mod faulty;
 mod files;
+mod gated;
 mod job;
 mod memory;
 mod pool;
@@ -26,6 +27,7 @@ mod pwrite;
 mod uring;
 
 pub use faulty::{Faulty, What};
+pub use gated::{Gated, Verdict};
 pub use memory::{Choice, Memory, SECTOR};
 pub use pool::{Buffer, Pool};
 pub use pwrite::Threaded;

@@ -76,6 +76,15 @@ pub enum StateError {
         /// Number of groups found.
         found_groups: u32,
     },
+    /// What is in a segment cannot be what was written there.
+    Unsound {
+        /// The operator.
+        operator: Box<str>,
+        /// The key group.
+        group: u32,
+        /// What cannot be.
+        what: Box<str>,
+    },
     /// The operator's key or state types are not those that the segment was written with.
     Schema {
         /// The operator.
@@ -141,6 +150,12 @@ impl fmt::Display for StateError {
                 "operator {operator}: key group {group} wants {wanted} bytes more, but its segment \
                  ends at {len}; raise the segment size or use more key groups"
             ),
+            Self::Unsound { operator, group, what } => {
+                write!(
+                    f,
+                    "state of operator {operator} in key group {group} does not verify: {what}"
+                )
+            }
             Self::NotOwned { operator, group } => write!(
                 f,
                 "operator {operator}: a key of group {group} arrived, which this worker does not \

@@ -10,7 +10,8 @@
 //! - `touched` is the furthest that was ever handed out, rolled back or not: memory beyond it is
 //!   zero;
 //! - before the heap takes a new chunk of its reservation, the gauge says whether there is memory
-//!   for it (rule R12).
+//!   for it (rule R12);
+//! - while something is moved (`moving`), blocks come from behind the heap's end; none is freed.
 //!
 //! Blocks carry no header: who frees one says how long it is. Called by tables, lists, maps, slices
 //! and timers.
@@ -99,6 +100,9 @@ impl Shared {
             return Err(self.full(seg, group, bytes));
         }
         let class = class_of(bytes);
+        if self.is_moving.get() {
+            return self.extend(txn, seg, group, 1 << (class as u32 + SMALLEST_LOG2));
+        }
         let mut at: u64 = seg.read(free_at(class));
         if at == 0 {
             at = self.ripe(txn, seg, group, class);
@@ -134,6 +138,10 @@ impl Shared {
     /// for the first eight, until the step ends.
     pub(crate) fn free(&self, txn: &mut Txn, group: u32, at: u64, bytes: u64) {
         let Some(seg) = self.try_seg(group) else { return };
+        if self.is_moving.get() {
+            // What lies behind the mark goes as a whole, or stays.
+            return;
+        }
         let class = class_of(bytes);
         let (cache, step) = (&self.heaps[group as usize], self.step.get());
         let mut newest: u64 = seg.read(deferred_at(class));

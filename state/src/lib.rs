@@ -19,6 +19,10 @@ pub mod group;
 
 mod heap;
 
+mod verify;
+
+mod moving;
+
 mod line;
 
 mod slots;
@@ -37,6 +41,8 @@ pub mod timer;
 
 pub mod expire;
 
+pub mod migrate;
+
 pub mod disk;
 
 pub mod checkpoint;
@@ -48,6 +54,7 @@ pub use key::{GROUPS_DEFAULT, KeyHash, group_of};
 pub use list::List;
 pub use map::Map;
 pub use memory::Gauge;
+pub use migrate::{Leftover, Migrated};
 pub use slice::Slices;
 pub use slots::{AHEAD, Ahead};
 pub use table::Table;

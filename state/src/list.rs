@@ -55,9 +55,58 @@ impl Groups {
         txn: &mut Txn,
         name: &str,
     ) -> Result<List<K, T>, StateError> {
-        let kind = format!("list {:016x}", schema("items", &[T::schema()]));
-        let heads = self.table_as(txn, name, &kind)?;
+        let heads = self.table_as(txn, name, &kind::<T>())?;
         Ok(List { heads, scratch: Scratch::default(), of: std::marker::PhantomData })
+    }
+}
+
+/// What the table of heads is called: by it, lists of other items are told apart.
+fn kind<T: Record>() -> String {
+    format!("list {:016x}", schema("items", &[T::schema()]))
+}
+
+/// Schema of the root of lists of `T` by `K`.
+pub(crate) fn schema_of<K: Record, T: Record>() -> u64 {
+    crate::table::schema_of::<K, Head>(&kind::<T>())
+}
+
+impl<K: Record, T: Record> List<K, T> {
+    /// The lists whose heads are in this table.
+    pub(crate) fn over(heads: Table<K, Head>) -> Self {
+        Self { heads, scratch: Scratch::default(), of: std::marker::PhantomData }
+    }
+
+    /// Tables that are made from here on have room for so many keys.
+    pub(crate) fn reserve(&mut self, keys: u64) {
+        self.heads.reserve(keys);
+    }
+
+    /// Frees what a key's list has, at most `budget` chunks of it, and leaves its head where it is.
+    /// True when nothing is left.
+    pub(crate) fn empty(
+        &mut self,
+        txn: &mut Txn,
+        hash: KeyHash,
+        key: &K,
+        budget: &mut u64,
+    ) -> Result<bool, StateError> {
+        let mut scratch = Scratch::default();
+        let key = key.item(&mut scratch);
+        let (group, seg) = self.place(hash)?;
+        let mut head = self.head(hash, key);
+        while head[FIRST] != 0 && *budget > 0 {
+            let (chunk, next) = (head[FIRST], seg.read(head[FIRST] + NEXT_AT));
+            self.heads.opened().shared.free(txn, group, chunk, chunk_bytes(seg, chunk));
+            head[FIRST] = next;
+            *budget -= 1;
+        }
+        self.heads.set(txn, hash, key, &head)?;
+        Ok(head[FIRST] == 0)
+    }
+
+    /// Its table.
+    pub(crate) fn into_heads(self) -> Table<K, Head> {
+        self.heads
     }
 }
 

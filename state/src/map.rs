@@ -6,7 +6,7 @@
 //! and iteration walks the key's entries only.
 //!
 //! Invariants:
-//! - a pair's hash begins with its key's group bits, so that entries live in the key's group;
+//! - entries live in their key's group, whatever group the hash of the pair would belong to;
 //! - the entries of a key form one doubly linked list; a key without entries has no head;
 //! - an entry's value is inline when plain and a block of its own otherwise; removing an entry
 //!   frees both.
@@ -18,8 +18,10 @@ use crate::error::StateError;
 use crate::group::{Groups, Opened};
 use crate::key::KeyHash;
 use crate::raw::{Seg, stored};
-use crate::slots::{Cell, Home, Shape, Slot, Slots};
-use crate::table::{HEADER_WORD, Table};
+use crate::slots::check::check;
+use crate::slots::{Cell, Home, Shape, Slot, Slots, sweep};
+use crate::table::{DISCARDED_WORD, HEADER_WORD, Table};
+use crate::verify::Tables;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::rc::Rc;
@@ -42,6 +44,7 @@ impl<V: Record> Shape for Pairs<V> {
     const PREFIX: usize = 16 + value_bytes::<V>();
     const VALUE_IN_HEAP: bool = false;
     const PREFIX_IN_HEAP: Option<usize> = if V::SIZE.is_none() { Some(16) } else { None };
+    const HASH_HAS_GROUP: bool = false;
 }
 
 const fn value_bytes<V: Record>() -> usize {
@@ -79,13 +82,65 @@ impl Groups {
         txn: &mut Txn,
         name: &str,
     ) -> Result<Map<K, UK, UV>, StateError> {
-        let expected = schema("map", &[K::schema(), UK::schema(), UV::schema()]);
-        let opened = Rc::new(Opened::new(self, txn, &format!("{name}/entries"), expected)?);
-        let heads = self.table_as(txn, name, "map")?;
+        let [(entries, expected), _] = states_of::<K, UK, UV>(name);
+        let opened = Rc::new(Opened::new(self, txn, &entries, expected)?);
+        let by = Tables::Root(HEADER_WORD);
+        opened.shared.check_by(&entries, by, check::<Pairs<UV>>);
+        Ok(Map::over(opened, self.table_as(txn, name, KIND)?))
+    }
+}
+
+/// What the table of heads is.
+const KIND: &str = "map";
+
+/// The named states that a map takes, with their schemas: entries, and heads.
+pub(crate) fn states_of<K: Record, UK: Record, UV: Record>(name: &str) -> [(String, u64); 2] {
+    let entries = schema("map", &[K::schema(), UK::schema(), UV::schema()]);
+    let heads = crate::table::schema_of::<K, Head>(KIND);
+    [(format!("{name}/entries"), entries), (name.to_owned(), heads)]
+}
+
+impl<K: Record, UK: Record, UV: Record> Map<K, UK, UV> {
+    /// The map whose entries are behind this root, and whose heads are in this table.
+    pub(crate) fn over(opened: Rc<Opened>, heads: Table<K, Head>) -> Self {
         let mut pairs = Slots::new(Rc::clone(&opened.shared), Home::Root(HEADER_WORD));
         pairs.reload(&opened);
         let (pair, value) = (RefCell::default(), Scratch::default());
-        Ok(Map { heads, pairs, opened, pair, value, of: PhantomData })
+        Self { heads, pairs, opened, pair, value, of: PhantomData }
+    }
+
+    /// The keys that have entries.
+    pub(crate) fn heads(&self) -> &Table<K, [u64; 2]> {
+        &self.heads
+    }
+
+    /// Entries of all keys of a group.
+    pub(crate) fn entries(&self, group: u32) -> u64 {
+        self.pairs.len_of(group)
+    }
+
+    /// Tables that are made from here on have room for so many keys, and entries.
+    pub(crate) fn reserve(&mut self, keys: u64, entries: u64) {
+        self.heads.reserve(keys);
+        self.pairs.reserve(entries);
+    }
+
+    /// Takes all entries of all keys out at once; `sweep` frees them.
+    pub(crate) fn discard(&mut self, txn: &mut Txn) {
+        for group in 0..self.pairs.groups() {
+            if self.pairs.header(group) != 0 {
+                self.pairs.discard(txn, &self.opened, group, DISCARDED_WORD);
+                self.opened.write(txn, group, HEADER_WORD, 0);
+            }
+        }
+        self.heads.clear(txn);
+    }
+
+    /// Frees what `discard` left, looking at no more than `budget` slots of each table. True when
+    /// nothing is left.
+    pub(crate) fn sweep(&mut self, txn: &mut Txn, budget: u64) -> bool {
+        let are_gone = sweep::<Pairs<UV>>(txn, &self.opened, DISCARDED_WORD, budget);
+        self.heads.sweep(txn, budget) && are_gone
     }
 }
 
@@ -315,7 +370,7 @@ impl<K: Record, UK: Record, UV: Record> Map<K, UK, UV> {
     }
 }
 
-/// Hash of a pair: the key's group, then both hashes.
+/// Hash of a pair, of both hashes.
 fn pair_hash(hash: KeyHash, user_key: &[u8]) -> u64 {
     let mixed = (hash.0.rotate_left(32) ^ key_hash(user_key)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     mixed ^ (mixed >> 32)

@@ -47,9 +47,18 @@ impl Seg {
     #[inline(always)]
     fn range(self, at: u64, bytes: usize) -> *mut u8 {
         let inside = at <= self.len && bytes as u64 <= self.len - at;
-        assert!(inside, "offset {at} + {bytes} leads out of a key group of {} bytes", self.len);
+        if !inside {
+            self.leads_out(at, bytes);
+        }
         // SAFETY: the sum was checked to lie inside the mapping.
         unsafe { self.base.as_ptr().add(at as usize) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn leads_out(self, at: u64, bytes: usize) -> ! {
+        let what = format!("offset {at} + {bytes} leads out of its {} bytes", self.len);
+        crate::verify::unsound(self.base(), &what)
     }
 
     /// Reads a value.

@@ -14,8 +14,11 @@
 use crate::error::StateError;
 use crate::group::{Groups, Opened};
 use crate::key::KeyHash;
+use crate::raw::Seg;
+use crate::slots::check::check;
 use crate::slots::{Home, sweep};
 use crate::table::{DISCARDED_WORD, Table, Typed};
+use crate::verify::{Tables, bump, is_block};
 use std::rc::Rc;
 use testudo_shm::hash::schema;
 use testudo_shm::record::{Item, Record};
@@ -27,6 +30,13 @@ const ENTRIES_WORD: u64 = 3;
 const ROOM_WORD: u64 = 4;
 const ENTRY_BYTES: u64 = 16;
 const ROOM_MIN: u64 = 16;
+
+/// The directory that a root's six words point to, if they are those of slices: offset and bytes.
+pub(crate) fn directory(words: [u64; 6]) -> Option<(u64, u64)> {
+    let [at, entries, room] = [DIRECTORY_WORD, ENTRIES_WORD, ROOM_WORD].map(|n| words[n as usize]);
+    let is_one = entries > 0 && entries <= room && room.is_power_of_two();
+    is_one.then_some((at, entries.checked_mul(ENTRY_BYTES)?))
+}
 
 /// Tables from `K` to `V`, one per slice.
 #[derive(Debug)]
@@ -54,15 +64,76 @@ impl Groups {
         txn: &mut Txn,
         name: &str,
     ) -> Result<Slices<K, V>, StateError> {
-        let expected = schema("slices", &[K::schema(), V::schema()]);
-        let opened = Rc::new(Opened::new(self, txn, name, expected)?);
-        let mut slices = Slices { opened, open: Vec::new(), current: 0 };
-        slices.load();
-        Ok(slices)
+        let opened = Rc::new(Opened::new(self, txn, name, schema_of::<K, V>())?);
+        opened.shared.check_by(name, Tables::Slices, check::<Typed<K, V>>);
+        Ok(Slices::over(opened))
     }
 }
 
+/// Schema of the root of slices.
+pub(crate) fn schema_of<K: Record, V: Record>() -> u64 {
+    schema("slices", &[K::schema(), V::schema()])
+}
+
+/// Makes the directory of a group that has none, with room for as many slices as another one of its
+/// group has.
+pub(crate) fn reserve_as(
+    opened: &Opened,
+    other: &Opened,
+    txn: &mut Txn,
+    group: u32,
+) -> Result<(), StateError> {
+    let room = other.read(group, ROOM_WORD);
+    if room > 0 && opened.read(group, ROOM_WORD) == 0 {
+        let at = opened.shared.alloc(txn, group, room * ENTRY_BYTES)?.at;
+        opened.write(txn, group, DIRECTORY_WORD, at);
+        opened.write(txn, group, ROOM_WORD, room);
+    }
+    Ok(())
+}
+
+/// The directory of a group without slices goes.
+pub(crate) fn drop_directory(opened: &Opened, txn: &mut Txn, group: u32) {
+    let (at, room) = (opened.read(group, DIRECTORY_WORD), opened.read(group, ROOM_WORD));
+    if room > 0 && opened.read(group, ENTRIES_WORD) == 0 {
+        opened.write(txn, group, DIRECTORY_WORD, 0);
+        opened.write(txn, group, ROOM_WORD, 0);
+        opened.shared.free(txn, group, at, room * ENTRY_BYTES);
+    }
+}
+
+/// Whether a root's words can be a directory's.
+fn directory_is_sound(seg: Seg, words: u64) -> Result<(), String> {
+    let word = |word: u64| seg.read::<u64>(words + word * 8);
+    let [at, entries, room] = [DIRECTORY_WORD, ENTRIES_WORD, ROOM_WORD].map(word);
+    let bytes = room.checked_mul(ENTRY_BYTES);
+    let is_here = bytes.is_some_and(|bytes| is_block(at, bytes, bump(seg)));
+    if entries > room || (room > 0 && !is_here) {
+        return Err(format!("its {entries} slices are listed at {at}, with room for {room}"));
+    }
+    Ok(())
+}
+
+/// Headers of all tables of a group's slices.
+pub(crate) fn headers(seg: Seg, words: u64) -> Result<Vec<u64>, String> {
+    directory_is_sound(seg, words)?;
+    let at: u64 = seg.read(words + DIRECTORY_WORD * 8);
+    let entries = 0..seg.read::<u64>(words + ENTRIES_WORD * 8);
+    Ok(entries.map(|entry| seg.read::<[u64; 2]>(at + entry * ENTRY_BYTES)[1]).collect())
+}
+
 impl<K: Record, V: Record> Slices<K, V> {
+    /// The slices behind this root.
+    pub(crate) fn over(opened: Rc<Opened>) -> Self {
+        let mut slices = Self { opened, open: Vec::new(), current: 0 };
+        slices.load();
+        slices
+    }
+
+    pub(crate) fn opened(&self) -> &Rc<Opened> {
+        &self.opened
+    }
+
     /// Builds this process's view again, after groups were attached or released.
     ///
     /// # Errors
@@ -79,11 +150,17 @@ impl<K: Record, V: Record> Slices<K, V> {
     fn load(&mut self) {
         let opened = Rc::clone(&self.opened);
         for group in opened.shared.owned() {
-            let Some(seg) = opened.shared.try_seg(group) else { continue };
-            let directory = opened.read(group, DIRECTORY_WORD);
-            for entry in 0..opened.read(group, ENTRIES_WORD) {
+            let Some(seg) = opened.shared.try_seg(group).filter(|_| opened.has(group)) else {
+                continue;
+            };
+            let front = opened.shared.front(group).unwrap_or(seg);
+            let directory = opened.glance(group, DIRECTORY_WORD);
+            if let Err(what) = directory_is_sound(front, opened.word(group, 0)) {
+                crate::verify::unsound(seg.base(), &what);
+            }
+            for entry in 0..opened.glance(group, ENTRIES_WORD) {
                 let [id, header] = seg.read::<[u64; 2]>(directory + entry * ENTRY_BYTES);
-                self.slice(id.cast_signed()).load(group, header);
+                self.slice(id.cast_signed()).expect(group, header);
             }
         }
     }

@@ -15,7 +15,9 @@ use crate::error::StateError;
 use crate::group::{Groups, Opened};
 use crate::key::KeyHash;
 use crate::raw::stored;
+use crate::slots::check::check;
 use crate::slots::{Ahead, Cell, Home, Shape, Slot, Slots, sweep};
+use crate::verify::Tables;
 use std::marker::PhantomData;
 use std::ops::ControlFlow;
 use std::rc::Rc;
@@ -71,12 +73,18 @@ impl Groups {
         name: &str,
         kind: &str,
     ) -> Result<Table<K, V>, StateError> {
-        let expected = schema(kind, &[K::schema(), V::schema()]);
-        let opened = Rc::new(Opened::new(self, txn, name, expected)?);
+        let opened = Rc::new(Opened::new(self, txn, name, schema_of::<K, V>(kind))?);
+        let by = Tables::Root(HEADER_WORD);
+        opened.shared.check_by(name, by, check::<Typed<K, V>>);
         let mut table = Table::over(opened, Home::Root(HEADER_WORD));
         table.slots.reload(&table.opened);
         Ok(table)
     }
+}
+
+/// Schema of the root of a table of this kind.
+pub(crate) fn schema_of<K: Record, V: Record>(kind: &str) -> u64 {
+    schema(kind, &[K::schema(), V::schema()])
 }
 
 impl<K: Record, V: Record> Table<K, V> {
@@ -392,14 +400,24 @@ impl<K: Record, V: Record> Table<K, V> {
         sweep::<Typed<K, V>>(txn, &self.opened, DISCARDED_WORD, budget)
     }
 
+    /// See `Slots::reserve`.
+    pub(crate) fn reserve(&mut self, keys: u64) {
+        self.slots.reserve(keys);
+    }
+
+    /// Reads all headers again.
+    pub(crate) fn look(&mut self) {
+        self.slots.reload(&self.opened);
+    }
+
     /// Takes one group's table out of use; see `Slots::discard`.
     pub(crate) fn discard(&mut self, txn: &mut Txn, group: u32) {
         self.slots.discard(txn, &self.opened, group, DISCARDED_WORD);
     }
 
-    /// Reads one group's header again.
-    pub(crate) fn load(&mut self, group: u32, header: u64) {
-        self.slots.load(group, header);
+    /// Notes where one group's header is.
+    pub(crate) fn expect(&mut self, group: u32, header: u64) {
+        self.slots.expect(group, header);
     }
 
     /// Offset of a group's header, zero without a table.

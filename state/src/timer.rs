@@ -15,18 +15,20 @@
 //! watermark moves.
 
 use crate::error::StateError;
-use crate::group::{Groups, Opened};
+use crate::group::{Groups, LIVELY_WORD, Opened};
 use crate::key::KeyHash;
 use crate::raw::{Seg, stored};
+use crate::slots::check::check;
 use crate::slots::{Home, Shape, Slot, Slots};
 use crate::table::HEADER_WORD;
+use crate::verify::Tables;
 use std::marker::PhantomData;
 use testudo_shm::hash::{key_hash, schema};
 use testudo_shm::record::{Item, Record, Scratch};
 use testudo_shm::txn::Txn;
 
 /// Root words: the heap's length, and the block that lists its chunks.
-const LEN_WORD: u64 = 2;
+const LEN_WORD: u64 = LIVELY_WORD;
 const CHUNKS_WORD: u64 = 3;
 /// Offsets in a timer's block, behind its length.
 const PLACE_AT: u64 = 8;
@@ -193,6 +195,7 @@ impl Groups {
     pub fn timers<K: Record>(&self, txn: &mut Txn, name: &str) -> Result<Timers<K>, StateError> {
         let opened = Opened::new(self, txn, name, schema("timers", &[K::schema()]))?;
         let shared = &opened.shared;
+        shared.check_by(name, Tables::Root(HEADER_WORD), check_blocks);
         let blocks = Slots::new(std::rc::Rc::clone(shared), Home::Root(HEADER_WORD));
         let firsts = vec![NEVER; shared.groups as usize].into_boxed_slice();
         let scratch = Scratch::default();
@@ -216,8 +219,12 @@ impl<K: Record> Timers<K> {
 
     fn load(&mut self) {
         self.blocks.reload(&self.opened);
+        self.firsts.fill(NEVER);
+        self.first = NEVER;
         for group in 0..self.opened.shared.groups {
-            self.note_first(group);
+            if self.opened.glance(group, LEN_WORD) > 0 {
+                self.note_first(group);
+            }
         }
     }
 
@@ -425,6 +432,11 @@ fn timer_bytes<'a>(key: &[u8], time: i64, scratch: &'a mut Scratch) -> &'a [u8] 
 }
 
 /// Hash of a timer, for its slot.
+/// A timer's hash does not tell its key's group.
+fn check_blocks(seg: Seg, header: u64, _: u32, _: u32) -> Result<(), String> {
+    check::<Timed>(seg, header, 0, 1)
+}
+
 fn slot_hash(hash: KeyHash, time: i64) -> u64 {
     let mixed = (hash.0.rotate_left(32) ^ time.cast_unsigned()).wrapping_mul(0x9E37_79B9_7F4A_7C15);
     mixed ^ (mixed >> 32)

@@ -3,12 +3,13 @@
 
 mod common;
 
-use common::{Random, World, times, with_key};
+use common::{LOG_WORDS, Random, World, times, with_key};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::ops::ControlFlow;
 use testudo_shm::record::{Record, Scratch};
 use testudo_shm::txn::Txn;
+use testudo_state::group::{looked_at_first, roots};
 use testudo_state::{Groups, List, Map, Slices, StateError, Timers, Value};
 
 const GROUPS: u32 = 3;
@@ -420,4 +421,47 @@ fn a_group_can_be_released_and_taken_again() {
     txn.commit();
     let groups = world.attach();
     assert_eq!(groups.timers::<u64>(&mut world.txn, "timers").unwrap().len(), all);
+}
+
+/// A resumed job's state comes from the disk when it is touched: what opening touches is bounded by
+/// the groups, not by the slices (R16).
+#[test]
+fn r16_opening_slices_looks_at_no_slice() {
+    let mut world = World::new(1, 1 << 20);
+    let groups = world.attach();
+    let mut slices = groups.slices::<u64, u64>(&mut world.txn, "slices").unwrap();
+    for id in 0..40 {
+        with_key(&7u64, |hash, item| {
+            slices.update(&mut world.txn, id, hash, item, || id as u64, |_| ()).unwrap();
+        });
+    }
+    world.commit(&groups);
+    drop((slices, groups));
+    let base = LOG_WORDS * 8;
+    // SAFETY: the test's own vector, which nobody writes meanwhile.
+    let front = unsafe { std::slice::from_raw_parts(world.txn.base().add(base), 4096) };
+    let [directory, entries] = [2, 3].map(|n| roots(front).next().unwrap().words[n]);
+    assert_eq!(entries, 40);
+    let hints = looked_at_first(front);
+    assert!(hints.contains(&(directory, 40 * 16)), "{hints:?}");
+    // All tables but that of slice 39 are made such that looking at one is noticed.
+    for entry in 0..39 {
+        // SAFETY: as above; the directory's entries are {id, header}, and the second word of a
+        // header is the table's capacity.
+        unsafe {
+            let at = world.txn.base().add(base + directory as usize + entry * 16 + 8);
+            let header = at.cast::<u64>().read() as usize;
+            world.txn.base().add(base + header + 8).cast::<u64>().write(3);
+        }
+    }
+    let groups = world.attach();
+    let slices = groups.slices::<u64, u64>(&mut world.txn, "slices").unwrap();
+    assert_eq!((slices.ids().count(), slices.oldest()), (40, Some(0)));
+    with_key(&7u64, |hash, item| {
+        assert_eq!(slices.get(39, hash, item).map(|value| *value.view), Some(39));
+    });
+    let looked = std::panic::AssertUnwindSafe(|| {
+        with_key(&7u64, |hash, item| slices.get(3, hash, item).is_some())
+    });
+    assert!(std::panic::catch_unwind(looked).is_err(), "a damaged table was believed");
 }

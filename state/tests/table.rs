@@ -231,10 +231,13 @@ fn rolling_back_can_itself_be_interrupted_anywhere() {
         let mut dying = world.image();
         let mut done = 0;
         let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            dying.txn.roll_back_with(|| {
-                assert!(done < stop, "killed");
-                done += 1;
-            })
+            dying.txn.roll_back_with(
+                |_, _| true,
+                || {
+                    assert!(done < stop, "killed");
+                    done += 1;
+                },
+            )
         }));
         assert!(killed.is_err());
         let mut next = dying.image();

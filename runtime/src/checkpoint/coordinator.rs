@@ -24,7 +24,7 @@
 //! Called by the supervisor's loop, and by the bench in virtual time.
 
 use super::Now;
-use super::history::{History, Kind, Measure, State};
+use super::history::{History, Kind, Measure, Record, State};
 use super::regions::Regions;
 use std::time::Duration;
 
@@ -162,6 +162,8 @@ struct Region {
     good: Option<u64>,
     /// Checkpoints failed in a row.
     failures: u32,
+    /// Cuts that failed, in all.
+    failed_cuts: u64,
     cut: Cut,
     /// When the cut began, or began to wait, in monotonic nanoseconds.
     since_ns: u64,
@@ -224,6 +226,7 @@ impl Coordinator {
             epoch: start.last_epoch,
             good: start.good.get(region).copied().flatten(),
             failures: 0,
+            failed_cuts: 0,
             cut: Cut::None,
             since_ns: 0,
             attempts: 0,
@@ -253,6 +256,11 @@ impl Coordinator {
         &self.history
     }
 
+    /// Takes over what became of checkpoints before this coordinator, oldest first; none is open.
+    pub(crate) fn remember(&mut self, records: Vec<Record>) {
+        self.history = History::of(self.limits.history, records);
+    }
+
     /// The open checkpoint and its kind.
     #[must_use]
     pub fn open(&self) -> Option<(u64, Kind)> {
@@ -276,6 +284,22 @@ impl Coordinator {
     #[must_use]
     pub fn good(&self, region: usize) -> Option<u64> {
         self.states.get(region).and_then(|region| region.good)
+    }
+
+    /// Checkpoints go where nothing of this job is: no region has anything to carry over, and
+    /// numbers go on behind these. To be called while none is open.
+    pub fn move_on(&mut self, last_id: u64, last_epoch: u64) {
+        self.last_id = self.last_id.max(last_id);
+        for region in &mut self.states {
+            region.good = None;
+            region.epoch = region.epoch.max(last_epoch);
+        }
+    }
+
+    /// How many cuts of each region have failed.
+    #[must_use]
+    pub fn failed_cuts(&self) -> Vec<u64> {
+        self.states.iter().map(|region| region.failed_cuts).collect()
     }
 
     /// The lowest epoch of which any worker may still write: files of earlier ones that no
@@ -402,6 +426,21 @@ impl Coordinator {
         actions
     }
 
+    /// A region is about to go back to a checkpoint that is on disk: no cut of it that is not
+    /// sealed yet may become part of one.
+    pub fn rewind(&mut self, now: Now, region: usize) -> Vec<Action> {
+        let is_sealing = self.open.as_ref().is_some_and(|open| open.is_sealing);
+        if is_sealing || self.open.is_none() {
+            return Vec::new();
+        }
+        self.abandon(now, &format!("region {region} goes back to a checkpoint"))
+    }
+
+    /// A region goes on from the cut `good` again, or from its beginning.
+    pub fn rewound(&mut self, region: usize, good: Option<u64>) {
+        self.states[region].good = good;
+    }
+
     /// A worker runs: its first process or a successor. A life that is not newer than the one known
     /// is not heard, so this may be said again and again.
     pub fn worker_began(&mut self, now: Now, worker: usize, incarnation: u64) -> Vec<Action> {
@@ -492,6 +531,7 @@ impl Coordinator {
         let Some(open) = &mut self.open else { return };
         let is_only = self.states.len() == 1;
         let state = &mut self.states[region];
+        state.failed_cuts += 1;
         if matches!(state.cut, Cut::Open { .. }) {
             actions.push(Action::AbortCut { region, epoch: state.epoch });
         }

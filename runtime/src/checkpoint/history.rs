@@ -113,6 +113,18 @@ impl History {
         Self { records: VecDeque::new(), capacity: capacity.max(1), completed: 0, failed: 0 }
     }
 
+    /// A history of checkpoints that are over, oldest first.
+    #[must_use]
+    pub fn of(capacity: usize, records: Vec<Record>) -> Self {
+        let mut this = Self::new(capacity);
+        for record in records {
+            let how = record.state.clone();
+            this.begin(record.id, record.kind, record.begun_unix_ms);
+            this.end(|last| *last = Record { state: how, ..record });
+        }
+        this
+    }
+
     /// The records, oldest first.
     pub fn records(&self) -> impl ExactSizeIterator<Item = &Record> + DoubleEndedIterator {
         self.records.iter()

@@ -42,6 +42,18 @@ pub(crate) struct Notes {
     pub(crate) spills: Vec<Spilled>,
     /// What this worker's source subtasks were reading.
     pub(crate) parts: Vec<Part>,
+    /// Schema of keys and values of each operator with state, by uid: those of the program that
+    /// this worker ran, which may be another one than the supervisor's.
+    #[serde(default)]
+    pub(crate) states: Vec<(String, u64)>,
+}
+
+impl Notes {
+    /// What a counter of that worker said.
+    pub(crate) fn counter(&self, label: &str) -> u64 {
+        let found = self.counters.iter().find(|(known, _)| known == label);
+        found.map_or(0, |(_, value)| *value)
+    }
 }
 
 /// The job as it was when the cut was taken.

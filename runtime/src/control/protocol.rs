@@ -6,6 +6,13 @@
 //! {"request":"checkpoint","order":{"schedule":"5s"}}      "never", "200ms", "0 * * * *"
 //! {"request":"checkpoint","order":"history"}
 //! {"request":"savepoint"}
+//! {"request":"postmortem"}
+//! {"request":"kill-worker","worker":1}
+//! {"request":"restart","worker":1}                         without one: all, one after the other
+//! {"request":"update","program":"/opt/jobs/flights-2"}
+//! {"request":"pause"}
+//! {"request":"resume"}
+//! {"request":"stop","now":false}
 //! ```
 //!
 //! Replies carry the request's answer under `reply`, or `{"reply":"error","message":…}`. Readers
@@ -13,8 +20,12 @@
 //!
 //! Called by both ends.
 
+use super::history::{Event, PostMortem};
 use crate::checkpoint::history::Record;
 use crate::checkpoint::schedule::Schedule;
+use crate::exchange::account::EdgeAccount;
+use crate::metrics::figures::Figures;
+use crate::slo::Promise;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -36,8 +47,46 @@ pub enum Request {
         /// What about them.
         order: Order,
     },
+    /// How did workers die? Answered with [`Reply::Postmortem`].
+    Postmortem,
     /// Take a savepoint now; answered with [`Reply::Taken`] when it is complete or has failed.
     Savepoint,
+    /// End a worker's process by SIGKILL, to see it replaced; answered with [`Reply::Killed`].
+    KillWorker {
+        /// Which worker.
+        worker: usize,
+    },
+    /// Replace a worker, or all of them one after the other, by a new process of the same program
+    /// between two steps; answered with [`Reply::Restarted`].
+    Restart {
+        /// Which worker; all, when none is named.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        worker: Option<usize>,
+    },
+    /// Let another program take the job over, worker by worker; answered with [`Reply::Updated`].
+    Update {
+        /// Its file, as an absolute path.
+        program: PathBuf,
+    },
+    /// Let another program lead the job, while its workers go on; answered with
+    /// [`Reply::Upgrading`].
+    UpgradeSupervisor {
+        /// Its file, as an absolute path; without one, what lies where the present one was started.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        program: Option<PathBuf>,
+    },
+    /// Sources take nothing more until they are told to go on. Answered with [`Reply::Paused`]
+    /// once all that they had taken is processed.
+    Pause,
+    /// Sources go on; answered with [`Reply::Resumed`].
+    Resume,
+    /// The job ends: what sources have taken is processed first, unless it is to be now. Answered
+    /// with [`Reply::Stopping`].
+    Stop {
+        /// At once, as a second Ctrl-C does.
+        #[serde(default)]
+        now: bool,
+    },
 }
 
 /// What to do about checkpoints.
@@ -59,7 +108,16 @@ impl Request {
         match self {
             // The disk may be slow, and a region's cut may be begun twice.
             Self::Savepoint | Self::Checkpoint { order: Order::Now } => Duration::from_secs(900),
-            Self::Status | Self::Checkpoint { .. } => Duration::from_secs(10),
+            // The names in a large program's stack take a while to be found.
+            Self::Postmortem => Duration::from_secs(60),
+            Self::Pause => Duration::from_secs(60),
+            Self::Restart { .. } | Self::Update { .. } => Duration::from_secs(3600),
+            Self::UpgradeSupervisor { .. } => Duration::from_secs(60),
+            Self::Status
+            | Self::Checkpoint { .. }
+            | Self::KillWorker { .. }
+            | Self::Resume
+            | Self::Stop { .. } => Duration::from_secs(10),
         }
     }
 }
@@ -93,6 +151,60 @@ pub enum Reply {
         /// One record each.
         checkpoints: Vec<Record>,
     },
+    /// Deaths and what followed, oldest first.
+    Postmortem {
+        /// One for each death; of many, the first and the latest ones.
+        deaths: Vec<PostMortem>,
+        /// What was done about them.
+        events: Vec<Event>,
+    },
+    /// A worker's process got SIGKILL.
+    Killed {
+        /// The worker.
+        worker: usize,
+        /// The process that it was.
+        pid: u32,
+    },
+    /// Workers were replaced by new processes of the same program.
+    Restarted {
+        /// Each of them.
+        workers: Vec<Replaced>,
+    },
+    /// Another program has taken the job over, or has not.
+    Updated {
+        /// Its file.
+        program: PathBuf,
+        /// What changes with it, besides code.
+        changes: Vec<Change>,
+        /// Workers that were replaced.
+        workers: Vec<Replaced>,
+        /// Why the old program was brought back; not there when the new one runs.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rolled_back: Option<String>,
+    },
+    /// Sources take nothing.
+    Paused {
+        /// Nothing moves any more. False: something was still being processed when the job had
+        /// waited long enough for it.
+        still: bool,
+    },
+    /// Sources go on.
+    Resumed {
+        /// They had been paused.
+        was_paused: bool,
+    },
+    /// The job is ending.
+    Stopping {
+        /// Without processing what sources have taken.
+        now: bool,
+    },
+    /// The supervisor leaves for one of another program, which plans the same job.
+    Upgrading {
+        /// The process that leaves.
+        supervisor: u32,
+        /// The program.
+        program: PathBuf,
+    },
     /// The request cannot be carried out.
     Error {
         /// Why, and what to do.
@@ -108,18 +220,63 @@ impl Reply {
     }
 }
 
+/// A worker that was replaced between two of its steps.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replaced {
+    /// The worker.
+    pub worker: usize,
+    /// Its new process.
+    pub pid: u32,
+    /// From the last moment of the old process until the new one had attached, microseconds.
+    pub pause_us: u64,
+}
+
+/// What an update changes in the plan. Code may change wherever it likes and is not told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// The operator's uid.
+    pub operator: String,
+    /// What changes: its name; or it was added to a stage, or removed from one.
+    pub what: String,
+    /// What it was, or the stage that it was in.
+    pub from: String,
+    /// What it is, or the stage that it is in.
+    pub to: String,
+}
+
+/// How an update goes, or went.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UpdateStatus {
+    /// The new program's file.
+    pub program: PathBuf,
+    /// Checking, replacing, on probation, rolling back; refused, done, rolled back.
+    pub state: String,
+    /// Workers that were given the new program.
+    pub replaced: usize,
+    /// What changes with it, besides code.
+    pub changes: Vec<Change>,
+    /// What speaks against it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+}
+
 /// How a job is going.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
     /// The job's name, as its socket has it.
     pub name: String,
-    /// The supervisor's process.
+    /// The launched process: signals for the job go to it.
     pub pid: u32,
+    /// The supervisor's process.
+    pub supervisor: u32,
     /// The program's version.
     pub version: String,
     /// True once it was asked to end.
     pub is_draining: bool,
+    /// True while sources take nothing because somebody asked for it.
+    pub is_paused: bool,
     /// Worker processes.
     pub workers: usize,
     /// Seconds since it started.
@@ -136,10 +293,29 @@ pub struct Status {
     pub dropped: u64,
     /// The lowest watermark, milliseconds since 1970, UTC.
     pub watermark_ms: Option<i64>,
+    /// Records that killed their worker again and again, and were put aside.
+    pub dead_lettered: u64,
     /// Workers that died and were replaced.
     pub restarts: usize,
+    /// What was done about failures: of many events, the first and the latest ones.
+    pub events: Vec<Event>,
+    /// Standbys that are ready to take over at once.
+    pub standbys_ready: usize,
+    /// Standbys that the job should have.
+    pub standbys: usize,
+    /// How the latest update of its program goes or went.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update: Option<UpdateStatus>,
+    /// What the job promised, and how often it did not keep that.
+    pub slo: Option<Promise>,
+    /// The account of each edge between workers.
+    pub edges: Vec<EdgeAccount>,
     /// About checkpoints, where the job takes any.
     pub checkpoints: Option<Checkpoints>,
+    /// Where metrics are served, if they are.
+    pub metrics: Option<String>,
+    /// The same numbers as there.
+    pub figures: Option<Figures>,
 }
 
 /// How a job's checkpoints are going.
@@ -184,6 +360,14 @@ mod tests {
         let cases = [
             (r#"{"request":"status"}"#, Request::Status),
             (r#"{"request":"savepoint"}"#, Request::Savepoint),
+            (r#"{"request":"postmortem"}"#, Request::Postmortem),
+            (r#"{"request":"kill-worker","worker":1}"#, Request::KillWorker { worker: 1 }),
+            (r#"{"request":"restart"}"#, Request::Restart { worker: None }),
+            (r#"{"request":"restart","worker":0}"#, Request::Restart { worker: Some(0) }),
+            (r#"{"request":"update","program":"/b"}"#, Request::Update { program: "/b".into() }),
+            (r#"{"request":"pause"}"#, Request::Pause),
+            (r#"{"request":"resume"}"#, Request::Resume),
+            (r#"{"request":"stop","now":true}"#, Request::Stop { now: true }),
             (r#"{"request":"checkpoint","order":"now"}"#, checkpoint(Order::Now)),
             (r#"{"request":"checkpoint","order":"history"}"#, checkpoint(Order::History)),
             (r#"{"request":"checkpoint","order":{"schedule":"5s"}}"#, checkpoint(schedule("5s"))),
@@ -218,6 +402,26 @@ mod tests {
             Reply::Taken { checkpoint: record.clone(), path: Some("/ck".into()) },
             Reply::Schedule { schedule: Schedule::Never, next_in_ms: None },
             Reply::History { schedule: Schedule::Never, checkpoints: vec![record] },
+            Reply::Postmortem {
+                deaths: vec![PostMortem { life: 3, ..PostMortem::default() }],
+                events: vec![Event { worker: 2, ..Event::default() }],
+            },
+            Reply::Killed { worker: 1, pid: 77 },
+            Reply::Restarted { workers: vec![Replaced { worker: 1, pid: 78, pause_us: 400 }] },
+            Reply::Updated {
+                program: "/b".into(),
+                changes: vec![Change {
+                    operator: "count".into(),
+                    what: "name".into(),
+                    from: "a".into(),
+                    to: "b".into(),
+                }],
+                workers: Vec::new(),
+                rolled_back: Some("worker 0 died".into()),
+            },
+            Reply::Paused { still: true },
+            Reply::Resumed { was_paused: false },
+            Reply::Stopping { now: false },
             Reply::error("no"),
         ];
         for reply in replies {

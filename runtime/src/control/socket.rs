@@ -5,15 +5,20 @@
 //!
 //! Called by the supervisor.
 
+#![expect(unsafe_code, reason = "an inherited descriptor")]
+
 use super::folder::{self, Folder};
 use super::protocol::{Reply, Request};
 use super::serve::{Answer, Server};
 use crate::error::Error;
+use crate::keeper::line::close_on_exec;
+use crate::keeper::{self, Line, place};
 use crate::supervisor::watch::event_fd;
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -23,6 +28,14 @@ use testudo_shm::wait::wake_event;
 /// Requests that wait for the supervisor; the next one is told to come again.
 const REQUESTS_MAX: usize = 64;
 
+/// A socket as its keeper holds it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Kept {
+    name: String,
+    path: PathBuf,
+    listener: RawFd,
+}
+
 /// A job's control socket; dropping it ends the thread and removes the socket.
 #[derive(Debug)]
 pub struct ControlSocket {
@@ -31,6 +44,9 @@ pub struct ControlSocket {
     /// Device and inode of the socket's file, to remove no other.
     file: (u64, u64),
     requests: Receiver<(Request, ReplyTo)>,
+    /// The listener once more, where a later supervisor is to have it.
+    listener: OwnedFd,
+    kept: Option<RawFd>,
     /// Rings in the thread: an answer, or the end.
     bell: Arc<OwnedFd>,
     stop: Option<Sender<()>>,
@@ -75,8 +91,32 @@ impl ControlSocket {
             Error::Machine(format!("control socket of {name} in {}: {error}", folder.display()))
         };
         let (name, path, listener) = listen(folder, name).map_err(failed)?;
+        Self::serve(name, path, listener, wake)
+    }
+
+    /// Goes on with the listener of an earlier supervisor.
+    pub(crate) fn adopt(kept: Kept, wake: impl Fn() + Send + 'static) -> Result<Self, Error> {
+        // SAFETY: the keeper left this descriptor open for us; nothing else in this process knows
+        // it.
+        let listener = unsafe { UnixListener::from_raw_fd(kept.listener) };
+        close_on_exec(kept.listener);
+        let mut this = Self::serve(kept.name, kept.path, listener, wake)?;
+        this.kept = Some(kept.listener);
+        Ok(this)
+    }
+
+    fn serve(
+        name: String,
+        path: PathBuf,
+        listener: UnixListener,
+        wake: impl Fn() + Send + 'static,
+    ) -> Result<Self, Error> {
+        let failed = |error: io::Error| {
+            Error::Machine(format!("control socket {}: {error}", path.display()))
+        };
         let at = fs::symlink_metadata(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
+        let again = listener.as_fd().try_clone_to_owned().map_err(failed)?;
         let bell = Arc::new(event_fd()?);
         let (to_job, requests) = bounded(REQUESTS_MAX);
         let (answers, from_job) = unbounded();
@@ -88,7 +128,26 @@ impl ControlSocket {
             .spawn(move || server.run())
             .map_err(failed)?;
         let (stop, thread) = (Some(stop), Some(thread));
-        Ok(Self { name, path, file: (at.dev(), at.ino()), requests, bell, stop, thread })
+        let file = (at.dev(), at.ino());
+        let (listener, kept) = (again, None);
+        Ok(Self { name, path, file, requests, listener, kept, bell, stop, thread })
+    }
+
+    /// Has the keeper, if there is one, hold the listener for later supervisors.
+    pub(crate) fn keep(&mut self, line: Option<&Line>) -> Result<(), Error> {
+        let Some(line) = line else { return Ok(()) };
+        let again = self.listener.try_clone();
+        let again = again.map_err(|error| Error::Machine(format!("control socket: {error}")))?;
+        self.listener = place(again, Some(line))?;
+        line.hold(&[self.listener.as_raw_fd()])?;
+        self.kept = Some(self.listener.as_raw_fd());
+        Ok(())
+    }
+
+    /// What [`adopt`](Self::adopt) needs.
+    pub(crate) fn kept(&self) -> Option<Kept> {
+        let (name, path) = (self.name.clone(), self.path.clone());
+        self.kept.map(|listener| Kept { name, path, listener })
     }
 
     /// The name that the job is found by.
@@ -131,7 +190,7 @@ impl Drop for ControlSocket {
 fn listen(folder: &Path, name: &str) -> io::Result<(String, PathBuf, UnixListener)> {
     let folder = Folder::open(folder)?;
     let lock = folder.lock()?;
-    let pid = std::process::id();
+    let pid = keeper::job();
     let mut taken = name.to_owned();
     if !folder.clear(&folder::file_name(&taken))? {
         taken = format!("{name}-{pid}");

@@ -1,6 +1,6 @@
 //! The system calls that the standard library has no safe form for.
 //!
-//! Called by the other files of `control`.
+//! Called by the other files of `control`, and by the server of metrics.
 
 #![expect(unsafe_code, reason = "poll, flock, access, the user's id and the peer's")]
 
@@ -60,17 +60,17 @@ pub(super) fn lock(file: &std::fs::File) -> io::Result<()> {
 }
 
 /// What to wait for on a descriptor, and what has come.
-pub(super) type Polled = libc::pollfd;
+pub(crate) type Polled = libc::pollfd;
 
 /// A descriptor to wait for.
-pub(super) fn polled(fd: RawFd, reads: bool, writes: bool) -> Polled {
+pub(crate) fn polled(fd: RawFd, reads: bool, writes: bool) -> Polled {
     let wanted = |is: bool, event: i16| if is { event } else { 0 };
     let events = wanted(reads, libc::POLLIN) | wanted(writes, libc::POLLOUT);
     Polled { fd, events, revents: 0 }
 }
 
 /// Waits until something comes on a descriptor, at most so long.
-pub(super) fn poll(all: &mut [Polled], timeout: Duration) {
+pub(crate) fn poll(all: &mut [Polled], timeout: Duration) {
     // Up to the next millisecond: a wait that ends too early only makes another one.
     let ms = i32::try_from(timeout.as_millis().saturating_add(1)).unwrap_or(i32::MAX);
     // SAFETY: the slice is valid for as many entries as it has.

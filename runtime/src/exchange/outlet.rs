@@ -12,11 +12,12 @@
 //! Called by the stage's last operator; consumers are an [`Intake`] in this worker or an inlet
 //! behind a ring.
 
+use super::account::Sending;
 use super::route::Route;
 use crate::error::Error;
 use crate::operator::{Intake, Push};
 use crate::plan::FRAME_BYTES;
-use crate::worker::context::{CounterPlace, Cx};
+use crate::worker::context::Cx;
 use std::cell::RefCell;
 use std::rc::Rc;
 use testudo_shm::frame::Mark;
@@ -51,15 +52,25 @@ pub struct Outlet<T: Record, R> {
     pub(crate) is_open: bool,
     pub(crate) watermark: Place<i64>,
     pub(crate) marked: Vec<i64>,
+    /// See [`Cx::beginnings`].
+    pub(crate) beginnings: u64,
     pub(crate) ended: Place<u64>,
-    /// Records dropped because their consumer was dead.
-    pub(crate) dropped: CounterPlace,
+    /// What was sent, dropped and handed over.
+    pub(crate) account: Sending,
+    /// Lanes whose open batch nobody will take: the consumer is down and its ring is full.
+    pub(crate) void: Vec<bool>,
 }
 
 impl<T: Record, R: Route<T>> Outlet<T, R> {
     const BYTES: usize = match T::SIZE {
         Some(size) => BATCH * size,
         None => ARCHIVED_BYTES,
+    };
+
+    /// A ring with less room than this is full.
+    const LEAST: usize = match T::SIZE {
+        Some(size) => size,
+        None => ARCHIVED_GUESS,
     };
 
     fn open(&mut self, cx: &mut Cx) {
@@ -74,8 +85,14 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
         match &self.lanes[lane] {
             Lane::Local { .. } => self.scatter.open_local(lane, Self::BYTES),
             Lane::Ring(index) => {
-                let ring = &mut cx.out_rings[*index].ring;
-                self.scatter.open_ring(lane, ring, Self::BYTES);
+                let out = &mut cx.out_rings[*index];
+                if out.consumer.is_some() && out.drops() && out.ring.room(Self::LEAST) < Self::LEAST
+                {
+                    // As fast as to the living: whoever drops waits for nothing.
+                    self.void[lane] = true;
+                    return self.scatter.open_local(lane, Self::BYTES);
+                }
+                self.scatter.open_ring(lane, &mut out.ring, Self::BYTES);
             }
         }
     }
@@ -83,15 +100,20 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
     #[inline]
     fn close_lane(&mut self, cx: &mut Cx, lane: usize) {
         match &self.lanes[lane] {
-            Lane::Local { intake, .. } => {
+            Lane::Local { intake, channel } => {
                 let batch = self.scatter.take_local(lane);
                 let mut intake = intake.borrow_mut();
+                if cx.careful.is_some() {
+                    intake.hands_over(*channel);
+                }
                 if batch.is_empty() {
                     return;
                 }
                 if intake.room(cx) > 0 {
+                    self.account.handed_over(batch.len());
                     return intake.take_batch(cx, batch);
                 }
+                self.account.sent(batch.len());
                 // Another way to the same consumer has just made it busy.
                 for item in batch {
                     if self.spills[lane].push(&mut cx.txn, item).is_err() {
@@ -99,8 +121,12 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
                     }
                 }
             }
+            Lane::Ring(_) if std::mem::take(&mut self.void[lane]) => {
+                self.account.dropped(self.scatter.take_local(lane).len());
+            }
             Lane::Ring(index) => {
-                self.scatter.close_ring(lane, &mut cx.out_rings[*index].ring);
+                let ring = &mut cx.out_rings[*index].ring;
+                self.account.sent(self.scatter.close_ring(lane, ring));
             }
         }
     }
@@ -128,17 +154,21 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
         if self.spills[lane].is_empty(&cx.txn) {
             let full = match &self.lanes[lane] {
                 Lane::Local { .. } if self.scatter.pushed(lane) == 0 => true,
-                Lane::Local { intake, .. } => {
+                Lane::Local { intake, channel } => {
                     let batch = self.scatter.take_local(lane);
+                    self.account.handed_over(batch.len());
                     let mut intake = intake.borrow_mut();
+                    if cx.careful.is_some() {
+                        intake.hands_over(*channel);
+                    }
                     intake.take_batch(cx, batch);
                     intake.room(cx) == 0
                 }
                 Lane::Ring(index) => {
-                    let ring = &mut cx.out_rings[*index].ring;
-                    self.scatter.close_ring(lane, ring);
-                    let bytes = T::item_len(item);
-                    ring.room(bytes) < bytes
+                    let index = *index;
+                    self.close_lane(cx, lane);
+                    let (out, bytes) = (&mut cx.out_rings[index], T::item_len(item));
+                    out.ring.room(bytes) < bytes && !out.drops()
                 }
             };
             if !full {
@@ -150,8 +180,9 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
             }
         }
         if self.drops(cx, lane) {
-            return cx.count(self.dropped, 1);
+            return self.account.dropped(1);
         }
+        self.account.sent(1);
         if let Err(full) = self.spills[lane].push(&mut cx.txn, item) {
             cx.fail(Error::job(
                 &self.name,
@@ -236,17 +267,20 @@ impl<T: Record, R: Route<T>> Outlet<T, R> {
                     any |= moved;
                     // What was spilled while the consumer lived holds nobody up once it is dead.
                     if !moved && out.drops() {
-                        let dropped = spill.discard::<T>(&mut cx.txn);
-                        cx.count(self.dropped, dropped as u64);
+                        self.account.dropped_later(spill.discard::<T>(&mut cx.txn));
                         any = true;
                     }
                 }
-                Lane::Local { intake, .. } => {
+                Lane::Local { intake, channel } => {
                     let mut intake = intake.borrow_mut();
+                    if cx.careful.is_some() {
+                        intake.hands_over(*channel);
+                    }
                     let room = intake.room(cx).min(BATCH);
                     if room > 0 {
                         let batch = spill.front::<T>(&cx.txn, room);
                         let bytes = batch.bytes().len();
+                        self.account.handed_over_later(batch.len());
                         intake.take_batch(cx, batch);
                         spill.drained(&mut cx.txn, bytes);
                         any = true;
@@ -348,8 +382,10 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
                 Lane::Local { intake, .. } => intake.borrow_mut().room(cx),
                 Lane::Ring(index) => {
                     let out = &mut cx.out_rings[*index];
-                    let room =
-                        out.ring.room(Self::BYTES) / T::SIZE.unwrap_or(ARCHIVED_GUESS).max(1);
+                    let room = match out.is_at_limit() {
+                        true => 0,
+                        false => out.ring.room(Self::BYTES) / Self::LEAST.max(1),
+                    };
                     if room == 0 && out.drops() { BATCH } else { room }
                 }
             });
@@ -358,11 +394,18 @@ impl<T: Record, R: Route<T>> Push<T> for Outlet<T, R> {
     }
 
     fn pump(&mut self, cx: &mut Cx) -> bool {
+        if self.beginnings != cx.beginnings {
+            self.beginnings = cx.beginnings;
+            self.marked.fill(i64::MIN);
+            self.route.begin_anew();
+        }
         let drained = self.drain_spills(cx);
         self.send_marks(cx) | drained
     }
 
-    fn save(&mut self, _cx: &mut Cx) {}
+    fn save(&mut self, cx: &mut Cx) {
+        self.account.save(cx);
+    }
 
     fn end(&mut self, cx: &mut Cx) -> bool {
         self.end_batch(cx);

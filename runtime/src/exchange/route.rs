@@ -19,6 +19,9 @@ pub trait Route<T: Record> {
     fn lane_unseen(&mut self) -> Option<usize> {
         None
     }
+
+    /// Goes on as a process would that has just attached: as a replica does that begins here.
+    fn begin_anew(&mut self) {}
 }
 
 /// By key: the key's hash decides the group, the routing table the lane.
@@ -63,6 +66,10 @@ impl<T: Record> Route<T> for RoundRobin {
         let lane = self.next;
         self.next = if lane + 1 == self.lanes { 0 } else { lane + 1 };
         Some(lane)
+    }
+
+    fn begin_anew(&mut self) {
+        self.next = 0;
     }
 }
 

@@ -5,7 +5,8 @@
 //! Called by `stream` while a flow is described, and by the worker's attach to build what it runs.
 
 use crate::error::Error;
-use crate::exchange::inlet::Inlet;
+use crate::exchange::account::{EdgeCount, Taking};
+use crate::exchange::inlet::{Aside, Inlet};
 use crate::operator::{Intake, Push, Stage};
 use crate::plan::CounterKind;
 use crate::source::Source;
@@ -91,7 +92,6 @@ impl<S: Source> Chain for SourceChain<S> {
         attach: &mut Attach,
         next: N,
     ) -> Result<StageRef, Error> {
-        let subtask = attach.subtask(self.stage);
         let name = attach.operator_name(self.operator);
         let mut parts = Vec::new();
         for part in attach.parts_of(self.stage) {
@@ -104,7 +104,7 @@ impl<S: Source> Chain for SourceChain<S> {
             let reader = reader.map_err(|message| Error::job(&name, message))?;
             parts.push(SourcePart { reader, position, phase });
         }
-        let before = attach.read_before(self.operator)?;
+        let [all_before, own_before] = attach.read_before(self.operator)?;
         let rejects = match self.rejects {
             None => None,
             Some(edge) => {
@@ -113,13 +113,16 @@ impl<S: Source> Chain for SourceChain<S> {
             }
         };
         let settings = attach.settings();
-        let (index, count) = (subtask.index as u64, subtask.count as u64);
+        let reader = attach.reader(self.operator);
+        let (index, count) = (reader.index as u64, reader.count as u64);
         let share = |total: u64| total / count + u64::from(index < total % count);
         let rejects_max = settings.max_rejects.unwrap_or(u64::MAX);
         let sources = attach.source_subtasks() as f64;
         let phase = format!("{}/phase", attach.plan.operators[self.operator].uid());
         let stage: StageRef = Rc::new(RefCell::new(SourceStage {
             parts,
+            stage: self.stage as u32,
+            aside: attach.aside(self.stage),
             turn: 0,
             // In another shape the end is said again, to consumers that have not heard it.
             phase: attach.named_cell(&phase, 0u64)?,
@@ -128,8 +131,10 @@ impl<S: Source> Chain for SourceChain<S> {
             rejects,
             rejects_max,
             pace: settings.rate.map(|rate| Pace::new(rate as f64 / sources)),
-            limit: self.divide_limit.map(|all| share(all.saturating_sub(before))),
+            limit: self.divide_limit.map(|all| own_before + share(all.saturating_sub(all_before))),
             wake: None,
+            operator: self.operator,
+            is_blocked: false,
             name,
             next,
             of: PhantomData,
@@ -163,19 +168,33 @@ impl<T: Record> Chain for InletChain<T> {
         let mut channels = Vec::new();
         let mut local = Vec::new();
         let mut rests = Vec::new();
+        let mut of_channel = Vec::new();
         for &edge in &self.edges {
             let first = channels.len();
             attach.channels(edge, &mut channels, &mut local)?;
             attach.rests::<T>(edge, first, self.key.as_ref(), &mut rests)?;
+            of_channel.resize(channels.len(), edge);
         }
+        let lettered = |&edge: &usize| (edge, attach.edge_count(edge, EdgeCount::Lettered));
+        let edges = self.edges.iter().map(lettered).collect();
+        let aside = Aside { all: attach.aside(self.stage), edges, channels: of_channel, local: 0 };
+        let takings = self
+            .edges
+            .iter()
+            .map(|&edge| (edge, Taking::new(attach.edge_count(edge, EdgeCount::Taken))));
+        let takings = takings.collect();
         let inlet = Rc::new(RefCell::new(Inlet {
             next,
+            stage: self.stage as u32,
+            aside,
+            absent: attach.absent(&channels),
+            takings,
+            counts_rests: attach.counts_rests(),
             channels,
             rests,
             rested: attach.rested_cell(self.stage)?,
             watermark: attach.watermark_cell(self.stage, None)?,
             done: attach.named_cell(&format!("{name}/done"), 0u64)?,
-            first: 0,
             of: PhantomData,
         }));
         for (edge, channel) in local {

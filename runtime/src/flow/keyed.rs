@@ -1,6 +1,6 @@
 //! Keyed streams: what can be done once records are routed by key.
 
-use super::chain::Link;
+use super::chain::{Link, Then};
 use super::stream::{Exchanged, Next, Stream};
 use super::windowed::{Window, Windowed};
 use super::{Flow, chain::Chain, chain::InletChain};
@@ -182,6 +182,10 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> Keyed<T, K, F> {
         self.stream.then("process", |operator| {
             // What it keeps is declared in the workers, which check each state by its name.
             declare_state::<K, K>(&flow, operator, Grouping::ByKey);
+            let declare = Rc::new(declare);
+            let again = Rc::clone(&declare);
+            let list = Box::new(move || crate::operator::process::declared(&*again, ttl));
+            flow.draft.borrow_mut().declared.push((operator, list));
             ProcessLink { key, ttl, declare, on_record, on_timer, operator, of: PhantomData }
         })
     }
@@ -211,13 +215,8 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> KeyedTtl<T, K, F> {
         G: Fn(&mut A, &T::View) + 'static,
         E: Fn(&K::View, &A::View) -> U + 'static,
     {
-        let Self { keyed: Keyed { stream, key, .. }, ttl } = self;
-        let flow = stream.flow.clone();
-        stream.then("aggregate", |operator| {
-            declare_state::<K, A>(&flow, operator, Grouping::ByKey);
-            let link = AggregateLink { key, init, fold, emit, operator, of: PhantomData };
-            TtlLink { link, ttl, operator, of: PhantomData }
-        })
+        let values = self.keyed.aggregate(init, fold, emit);
+        lasting(values, self.ttl)
     }
 
     /// See [`Keyed::reduce`].
@@ -225,13 +224,8 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> KeyedTtl<T, K, F> {
     where
         G: Fn(&T::View, &T::View) -> T + 'static,
     {
-        let Self { keyed: Keyed { stream, key, .. }, ttl } = self;
-        let flow = stream.flow.clone();
-        stream.then("reduce", |operator| {
-            declare_state::<K, T>(&flow, operator, Grouping::ByKey);
-            let link = ReduceLink { key, combine, operator, of: PhantomData };
-            TtlLink { link, ttl, operator, of: PhantomData }
-        })
+        let values = self.keyed.reduce(combine);
+        lasting(values, self.ttl)
     }
 
     /// See [`Keyed::process`].
@@ -250,6 +244,19 @@ impl<T: Record, K: Record, F: Fn(&T::View) -> K + 'static> KeyedTtl<T, K, F> {
     {
         self.keyed.process_with(Some(self.ttl), declare, on_record, on_timer)
     }
+}
+
+/// Gives the values of the stream's last operator a time to live.
+fn lasting<T, K, C, L>(stream: Next<T, C, L>, ttl: Ttl) -> Next<T, C, TtlLink<K, L>>
+where
+    T: Record,
+    C: Chain<Out = T>,
+    L: Link<T>,
+    TtlLink<K, L>: Link<T>,
+{
+    let Stream { flow, stage, operator, chain: Then { chain, link } } = stream;
+    let link = TtlLink { link, ttl, operator, of: PhantomData };
+    Stream { flow, stage, operator, chain: Then { chain, link } }
 }
 
 /// See [`Keyed::ttl`]: an operator on keyed values, with a time to live.
@@ -318,9 +325,16 @@ pub(crate) fn declare_state<K: Record, A: Record>(
     operator: usize,
     grouping: Grouping,
 ) {
-    let schema = testudo_shm::hash::schema("state", &[K::schema(), A::schema()]);
-    let state = StateSpec { grouping, schema };
+    let schema = state_schema::<K, A>();
+    let key = (std::any::type_name::<K>(), K::schema());
+    let value = (std::any::type_name::<A>(), A::schema());
+    let state = StateSpec { grouping, schema, key, value };
     flow.draft.borrow_mut().operators[operator].state = Some(state);
+}
+
+/// Of the keys and values of an operator together.
+pub(crate) fn state_schema<K: Record, A: Record>() -> u64 {
+    testudo_shm::hash::schema("state", &[K::schema(), A::schema()])
 }
 
 /// The user's key function behind an exchange.
@@ -402,7 +416,7 @@ where
 pub struct ProcessLink<K, S, U, F, D, P, Q> {
     key: KeyFn<F>,
     ttl: Option<Ttl>,
-    declare: D,
+    declare: Rc<D>,
     on_record: P,
     on_timer: Q,
     operator: usize,
@@ -426,6 +440,6 @@ where
     fn link<N: Push<U> + 'static>(self, at: &mut Attach, next: N) -> Result<Self::Op<N>, Error> {
         let keyed = keyed_parts(at, self.operator, self.key);
         let fns = (self.on_record, self.on_timer);
-        Process::open(at, self.operator, keyed, (&self.declare, self.ttl), fns, next)
+        Process::open(at, self.operator, keyed, (&*self.declare, self.ttl), fns, next)
     }
 }

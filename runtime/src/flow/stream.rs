@@ -4,15 +4,17 @@ use super::chain::{Chain, InletChain, KeyOf, Link, Then};
 use super::keyed::Keyed;
 use super::windowed::{Window, WindowedAll};
 use super::{Factory, Flow};
+use crate::config::Tier;
 use crate::error::Error;
 use crate::exchange::route::{Everyone, Only, RoundRobin, Route};
 use crate::operator::Push;
 use crate::operator::count::Count;
 use crate::operator::stateless::{Emit, EventTime, Filter, FlatMap, Map, Split, TryMap};
 use crate::plan::{CounterKind, EdgeKind};
+use crate::sink::file::{FileSink, Lines};
 use crate::sink::{ForEach, Prepared, Sink, SinkEnd, SinkHooks, Writer};
 use crate::worker::attach::Attach;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::rc::Rc;
 use std::time::Duration;
@@ -68,6 +70,13 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
     /// nothing else down.
     pub fn isolated(self) -> Self {
         self.flow.draft.borrow_mut().stages[self.stage].isolated = true;
+        self
+    }
+
+    /// Says what takes over when a worker process of this stage dies; the stage must be
+    /// [isolated](Self::isolated). Default: what the job says (`--tier`).
+    pub fn tier(self, tier: Tier) -> Self {
+        self.flow.draft.borrow_mut().stages[self.stage].tier = Some(tier);
         self
     }
 
@@ -228,20 +237,47 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
             let position = attach.named_cell(&cell, start)?;
             let from = attach.cx.txn.get(position);
             let failed = |message| Error::job(&name, message);
-            let mut writer = sink.open(subtask, &from).map_err(failed)?;
-            // What a run before this one has prepared, and no checkpoint holds, counts no more.
             let begun = attach.named_cell(&format!("{uid}/begun"), 0u64)?;
-            let is_new = attach.cx.txn.get(begun) == 0;
-            if let Some(epoch) = attach.resumed_at(stage).or(is_new.then_some(0)) {
-                Writer::<T, _>::abort(&mut writer, epoch).map_err(failed)?;
-                attach.cx.txn.set(begun, 1);
+            let holding = attach.holding(operator)?;
+            let holds = Rc::new(Cell::new(!holding.is_empty(&attach.cx)));
+            let mut writer = None;
+            // Opening takes back what lies beyond the position: that is the worker's, not its
+            // replica's.
+            if !attach.follows {
+                let mut opened = sink.open(subtask, &from).map_err(failed)?;
+                // What a run before this one has prepared, and no checkpoint holds, counts no more.
+                let is_new = attach.cx.txn.get(begun) == 0;
+                if let Some(epoch) = attach.resumed_at(stage).or(is_new.then_some(0)) {
+                    Writer::<T, _>::abort(&mut opened, epoch).map_err(failed)?;
+                    attach.cx.txn.set(begun, 1);
+                }
+                attach.cx.outputs.extend(Writer::<T, _>::files(&opened));
+                let opened = Rc::new(RefCell::new(opened));
+                attach.cx.sinks.push(Rc::new(Prepared {
+                    name: name.clone(),
+                    writer: Rc::clone(&opened),
+                    position,
+                    operator,
+                    holds: Rc::clone(&holds),
+                    of: PhantomData::<fn(T)>,
+                }));
+                writer = Some(opened);
             }
-            attach.cx.outputs.extend(Writer::<T, _>::files(&writer));
-            let (writer, of) = (Rc::new(RefCell::new(writer)), PhantomData::<fn(T)>);
-            let at_cut = Prepared { name: name.clone(), writer: Rc::clone(&writer), position, of };
-            attach.cx.sinks.push(Rc::new(at_cut));
-            let records = attach.counter(operator, CounterKind::In);
-            let end = SinkEnd { name, writer, position, records, written: 0, of: PhantomData };
+            let sheds = attach.plan.slo.is_partial();
+            let end = SinkEnd {
+                name,
+                operator,
+                writer,
+                position,
+                records: attach.counter(operator, CounterKind::In),
+                dropped: attach.counter(operator, CounterKind::Dropped),
+                written: 0,
+                holding,
+                holds,
+                sheds,
+                shed: 0,
+                of: PhantomData,
+            };
             chain.build(attach, end)
         }));
     }
@@ -252,14 +288,23 @@ impl<T: Record, C: Chain<Out = T>> Stream<T, C> {
         let operator = self.flow.add_operator(self.stage, "for_each", "sink");
         self.finish(Box::new(move |attach, chain: C| {
             let records = attach.counter(operator, CounterKind::In);
-            chain.build(attach, ForEach { f, records, seen: 0, of: PhantomData })
+            chain.build(
+                attach,
+                ForEach { f, records, seen: 0, is_silent: attach.follows, of: PhantomData },
+            )
         }));
     }
 
     /// Ends the stream on standard output: one line for each record, as `f` writes it. The records
-    /// reach the launching process through rings, and it prints them.
+    /// reach the launching process through rings, and it prints them. What was printed cannot be
+    /// taken back when all processes are killed and the job is resumed: with `--print-to FILE` the
+    /// lines go to a file instead, as to a [`FileSink`].
     pub fn print<D: std::fmt::Display, F: Fn(&T::View) -> D + 'static>(self, f: F) {
         let lines = self.map(move |record| f(record).to_string()).name("to_line");
+        if let Some(path) = lines.flow.next_print() {
+            let line = |line: &<String as Record>::View| line.to_string();
+            return lines.sink("print", FileSink::new(path, Lines(line)));
+        }
         let lines = lines.counted("print", "sink", CounterKind::In);
         let edge = lines.flow.add_edge::<String>(Some(lines.stage), None, EdgeKind::Stdout);
         lines.finish(Box::new(move |attach, chain| {

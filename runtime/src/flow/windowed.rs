@@ -80,6 +80,7 @@ where
         let fns = (time, init, fold, merge, emit);
         let main = self.keyed.stream.then("window", |operator| {
             declare_state::<K, A>(&flow, operator, Grouping::ByKey);
+            declare_window(&flow, operator, window);
             WindowLateLink {
                 inner: WindowLink { key, window, fns, operator, of: PhantomData },
                 edge,
@@ -104,10 +105,16 @@ where
         let (key, window, time) = (self.keyed.key, self.window, self.time);
         self.keyed.stream.then("window", |operator| {
             declare_state::<K, A>(&flow, operator, Grouping::ByKey);
+            declare_window(&flow, operator, window);
             let fns = (time, init, fold, merge, emit);
             WindowLink { key, window, fns, operator, of: PhantomData }
         })
     }
+}
+
+/// Says by which window an operator's state is cut.
+fn declare_window(flow: &super::Flow, operator: usize, window: Window) {
+    flow.draft.borrow_mut().operators[operator].detail = format!("{window:?}");
 }
 
 impl<T: Record, K, F> Keyed<T, K, F> {
@@ -197,9 +204,8 @@ impl<K, A, U, F, X> WindowLink<K, A, U, F, X> {
         M: Late<T>,
     {
         let groups = at.groups(self.operator)?;
-        let slices = groups
-            .slices(&mut at.cx.txn, "slices")
-            .map_err(|error| Error::job(&at.operator_name(self.operator), error.to_string()))?;
+        let slices = groups.slices(&mut at.cx.txn, "slices");
+        let slices = slices.map_err(|error| at.unopened(self.operator, &error))?;
         let (cells, before) = at.fire_cells_by_group(self.operator, groups.groups())?;
         Ok(KeyedWindow {
             keyed: keyed_parts(at, self.operator, self.key),
@@ -302,11 +308,13 @@ impl<T: Record, C: Chain<Out = T>, F: Fn(&T::View) -> i64 + 'static> WindowedAll
         let partial: Stream<Partial<A>, Then<C, PreLink<A, F, I, P>>> =
             self.stream.then("pre_aggregate", |operator| {
                 declare_state::<i64, A>(&flow, operator, Grouping::BySubtask);
+                declare_window(&flow, operator, window);
                 PreLink { window, time, init, fold, operator, of: PhantomData }
             });
         let pre = partial.operator;
         partial.gather().then("window_all", |operator| {
             declare_state::<i64, A>(&flow, operator, Grouping::BySubtask);
+            declare_window(&flow, operator, window);
             MergeLink { window, merge, emit, pre, operator, of: PhantomData }
         })
     }

@@ -14,7 +14,7 @@
 use super::Push;
 use super::aggregate::{Aggregate, Reduce};
 use crate::error::Error;
-use crate::time::unix_ms;
+use crate::time::step;
 use crate::worker::context::Cx;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -94,7 +94,7 @@ impl Clocks {
     #[inline]
     pub(crate) fn now(self, txn: &Txn, clock: Clock) -> i64 {
         match clock {
-            Clock::Processing => unix_ms(),
+            Clock::Processing => step::ms(),
             Clock::Event => txn.get(self.event),
         }
     }

@@ -9,9 +9,11 @@
 
 use super::aggregate::KeyedParts;
 use super::expire::{Clocks, Expires, Ttl};
+use super::migrate::{Migrating, Mover};
 use super::{Push, hand_on};
 use crate::error::Error;
-use crate::worker::attach::Attach;
+use crate::plan::described::{Declared, Type};
+use crate::worker::attach::{Attach, attach_private};
 use crate::worker::context::Cx;
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -30,6 +32,10 @@ pub struct Declare<'a, K> {
     ttl: Option<Ttl>,
     /// Whether anything has one.
     any_ttl: &'a mut bool,
+    /// Where they are written down, when they are only listed.
+    listed: Option<&'a mut Vec<(String, Type)>>,
+    /// Where it is written down how they are migrated, when none is opened yet.
+    moving: Option<&'a mut Vec<Mover>>,
     of: PhantomData<fn() -> K>,
 }
 
@@ -49,7 +55,7 @@ pub struct ListState<K: Record, T: Record>(Opened<List<K, T>>, Option<Expires<K>
 #[derive(Debug)]
 pub struct MapState<K: Record, UK: Record, UV: Record>(Opened<Map<K, UK, UV>>, Option<Expires<K>>);
 
-impl<K: Record> Declare<'_, K> {
+impl<'a, K: Record> Declare<'a, K> {
     fn keep<S>(&mut self, opened: Result<S, StateError>) -> Opened<S> {
         match opened {
             Ok(state) => Some(state),
@@ -93,7 +99,78 @@ impl<K: Record> Declare<'_, K> {
             error: self.error,
             ttl: Some(ttl),
             any_ttl: self.any_ttl,
+            listed: self.listed.as_deref_mut(),
+            moving: self.moving.as_deref_mut(),
             of: PhantomData,
+        }
+    }
+
+    /// The state that is declared with what this returns may have values of the type `Old`, from a
+    /// program before this one: `f` makes a new one from each of them.
+    ///
+    /// ```
+    /// # use testudo::prelude::*;
+    /// /// What used to be the count alone.
+    /// #[testudo::record]
+    /// struct Seen {
+    ///     count: u64,
+    ///     largest: u64,
+    /// }
+    ///
+    /// fn build(flow: &Flow, _options: &NoOptions) {
+    ///     flow.source("numbers", Generator::new(1_000, |n| n))
+    ///         .key_by(|n| n % 10)
+    ///         .process(
+    ///             |state| {
+    ///                 state
+    ///                     .migrate_from::<u64, _>(|count| Seen { count: *count, largest: 0 })
+    ///                     .value("seen")
+    ///             },
+    ///             |seen, cx, n: &u64| {
+    ///                 let (count, largest) =
+    ///                     cx.get(seen).map_or((0, 0), |seen| (seen.count, seen.largest));
+    ///                 cx.set(seen, &Seen { count: count + 1, largest: largest.max(*n) });
+    ///                 cx.emit(count + 1);
+    ///             },
+    ///             |_, _, _| (),
+    ///         )
+    ///         .for_each(|_| ());
+    /// }
+    /// ```
+    ///
+    /// `testudo update` gives a running job such a program, and a checkpoint of the program before
+    /// can be resumed by it. All values of a worker are migrated before it takes its next record;
+    /// keys, timers and times to live stay. The state keeps its name and kind (a value, a list, a
+    /// map), and one type is migrated from at a time. Once no checkpoint that is still of use has
+    /// the old type, the declaration can go.
+    pub fn migrate_from<Old: Record, New: Record>(
+        &mut self,
+        f: impl Fn(&Old::View) -> New + 'static,
+    ) -> Migrating<'_, 'a, K, Old, New, impl Fn(&Old::View) -> New + 'static> {
+        Migrating::new(self, f)
+    }
+
+    /// Writes down how a state is migrated, when that is what is asked for.
+    pub(crate) fn moves(&mut self, mover: impl FnOnce(&Self) -> Mover) {
+        if self.moving.is_some() {
+            let mover = mover(self);
+            self.moving.iter_mut().for_each(|moving| moving.push(mover.clone()));
+        }
+    }
+
+    /// What a state of these types is called where programs are compared.
+    pub(crate) fn listed<S>(&self, kind: &str, schemas: &[u64]) -> Type {
+        let is_expiring = self.ttl.is_some();
+        let schema = testudo_shm::hash::schema(kind, schemas) ^ u64::from(is_expiring);
+        let ttl = if is_expiring { " with a time to live" } else { "" };
+        let name_of = crate::flow::short_name::<S>();
+        Type { name: format!("{kind} of {name_of}{ttl}"), schema }
+    }
+
+    fn list_as<S>(&mut self, name: &str, kind: &str, schemas: &[u64]) {
+        let listed = self.listed.is_some().then(|| self.listed::<S>(kind, schemas));
+        if let (Some(list), Some(listed)) = (&mut self.listed, listed) {
+            list.push((name.into(), listed));
         }
     }
 
@@ -107,21 +184,82 @@ impl<K: Record> Declare<'_, K> {
 
     /// One value for each key.
     pub fn value<V: Record>(&mut self, name: &str) -> ValueState<K, V> {
+        self.list_as::<V>(name, "value", &[V::schema()]);
+        if self.moving.is_some() {
+            return ValueState(None, None);
+        }
         let opened = self.groups.value(self.txn, name);
         ValueState(self.keep(opened), self.expires(name))
     }
 
     /// A list for each key.
     pub fn list<T: Record>(&mut self, name: &str) -> ListState<K, T> {
+        self.list_as::<T>(name, "list", &[T::schema()]);
+        if self.moving.is_some() {
+            return ListState(None, None);
+        }
         let opened = self.groups.list(self.txn, name);
         ListState(self.keep(opened), self.expires(name))
     }
 
     /// A map for each key.
     pub fn map<UK: Record, UV: Record>(&mut self, name: &str) -> MapState<K, UK, UV> {
+        self.list_as::<(UK, UV)>(name, "map", &[UK::schema(), UV::schema()]);
+        if self.moving.is_some() {
+            return MapState(None, None);
+        }
         let opened = self.groups.map(self.txn, name);
         MapState(self.keep(opened), self.expires(name))
     }
+}
+
+/// The states that an operator declares, found out in memory of this process alone.
+pub(crate) fn declared<K: Record, S>(
+    declare: &impl Fn(&mut Declare<'_, K>) -> S,
+    ttl: Option<Ttl>,
+) -> Declared {
+    const LOG_WORDS: usize = 16 << 10;
+    const GROUP_BYTES: usize = 1 << 20;
+    let mut memory = vec![0u64; LOG_WORDS + GROUP_BYTES / 8];
+    let mut txn = Txn::on_heap(&mut memory, LOG_WORDS);
+    let groups = Groups::new("declared", 1, 0, Rc::new(testudo_state::Gauge::unlimited()));
+    let mut listed = Vec::new();
+    let moved = movers(declare, (&groups, &mut txn), ttl);
+    // States that do not fit here say so where they are used.
+    if attach_private(&groups, &mut txn, LOG_WORDS * 8, GROUP_BYTES).is_ok() {
+        declare(&mut Declare {
+            groups: &groups,
+            txn: &mut txn,
+            error: &mut None,
+            ttl,
+            any_ttl: &mut false,
+            listed: Some(&mut listed),
+            moving: None,
+            of: PhantomData,
+        });
+    }
+    let migrates = moved.into_iter().map(|mover| (mover.state, mover.from)).collect();
+    Declared { states: listed, migrates }
+}
+
+/// How the states that an operator declares are migrated. None of them is opened.
+pub(crate) fn movers<K: Record, S>(
+    declare: &impl Fn(&mut Declare<'_, K>) -> S,
+    (groups, txn): (&Groups, &mut Txn),
+    ttl: Option<Ttl>,
+) -> Vec<Mover> {
+    let mut movers = Vec::new();
+    declare(&mut Declare {
+        groups,
+        txn,
+        error: &mut None,
+        ttl,
+        any_ttl: &mut false,
+        listed: None,
+        moving: Some(&mut movers),
+        of: PhantomData,
+    });
+    movers
 }
 
 /// The last time a timer can have: `i64::MAX` itself stands for "no timer" in state.
@@ -415,6 +553,8 @@ where
         next: N,
     ) -> Result<Self, Error> {
         let groups = at.groups(operator)?;
+        let movers = movers(declare, (&groups, &mut at.cx.txn), ttl);
+        at.migrate(operator, &groups, &movers)?;
         let clocks = Clocks { event: at.operator_watermark(operator, "latest")? };
         let failed = |error: StateError| Error::job(&keyed.name, error.to_string());
         let (mut error, mut any_ttl) = (None, false);
@@ -424,10 +564,12 @@ where
             error: &mut error,
             ttl,
             any_ttl: &mut any_ttl,
+            listed: None,
+            moving: None,
             of: PhantomData,
         });
         if let Some(error) = error {
-            return Err(failed(error));
+            return Err(at.unopened(operator, &error));
         }
         let timers = groups.timers(&mut at.cx.txn, "timers").map_err(failed)?;
         let watermark = at.operator_watermark(operator, "watermark")?;

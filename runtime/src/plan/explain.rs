@@ -2,8 +2,12 @@
 
 use super::layout::{CELLS_BYTES, LOG_BYTES, LOG_SOFT_BYTES, SPILL_BYTES};
 use super::{EdgeKind, Grouping, Plan, WORKERS_MAX};
-use crate::config::{Completeness, Settings};
+use crate::config::{Settings, Tier};
+use crate::plan::layout::JOURNAL_BYTES;
+use crate::worker::attach::held_groups;
+use crate::worker::standby::kept_bytes;
 use std::fmt::Write;
+use testudo_shm::segment::PAGE;
 
 /// The plan as text.
 pub(crate) fn text(plan: &Plan, settings: &Settings) -> String {
@@ -85,6 +89,58 @@ fn workers(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resu
     Ok(())
 }
 
+/// What takes over from whom, and what that costs while nobody dies.
+fn tiers(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
+    writeln!(out, "\nafter a death")?;
+    let of = |tier| (0..plan.workers).filter(move |worker| plan.tiers[*worker] == tier);
+    let respawned: Vec<usize> = of(Tier::Respawn).collect();
+    if !respawned.is_empty() {
+        writeln!(
+            out,
+            "  workers {respawned:?}, tier 3    a new process is started: some milliseconds, \
+             and nothing beforehand"
+        )?;
+    }
+    for (index, workers) in plan.standbys(settings).iter().enumerate() {
+        let groups: usize = plan
+            .layout
+            .groups
+            .iter()
+            .flat_map(|laid| workers.iter().map(move |worker| (laid, *worker)))
+            .map(|(laid, worker)| held_groups(plan, laid.operator, laid.groups, worker).len())
+            .sum();
+        if plan.tiers[workers[0]] == Tier::Replica {
+            writeln!(
+                out,
+                "  workers {workers:?}, tier 1    testudo-s{index} follows every step on a copy of \
+                 its own and takes over: well below a millisecond; it takes a core, as much memory \
+                 as the state has, and {} KiB of journal; the worker stands still while it is \
+                 copied, a quarter of a second at most",
+                JOURNAL_BYTES >> 10
+            )?;
+            continue;
+        }
+        writeln!(
+            out,
+            "  workers {workers:?}, tier 2    testudo-s{index} takes over: no process is started, \
+             whatever the size of the state; it is one more process, asleep, with no memory of its \
+             own but page tables, {} descriptors while it starts, and about {} KiB of the \
+             supervisor's",
+            2 * plan.workers + workers.len() + groups + 2,
+            (PAGE + kept_bytes(plan)) >> 10
+        )?;
+        if workers.len() > 1 {
+            writeln!(
+                out,
+                "    shared by {} workers: while it takes over from one, or the next one starts, \
+                 the others are of tier 3; --standbys N for more",
+                workers.len()
+            )?;
+        }
+    }
+    Ok(())
+}
+
 fn checkpoints(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Result {
     let Some(folder) = &settings.checkpoint_dir else {
         return writeln!(
@@ -139,20 +195,16 @@ fn limits(plan: &Plan, settings: &Settings, out: &mut String) -> std::fmt::Resul
         layout.groups.first().map_or(0, |groups| groups.bytes)
     )?;
     writeln!(out, "  descriptors                {}", layout.descriptors())?;
-    writeln!(out, "  addresses                  {} MiB", layout.arena_bytes >> 20)?;
+    writeln!(out, "  addresses                  {} MiB", layout.reserved_bytes >> 20)?;
     writeln!(
         out,
-        "  restart budget             {} deaths in a row without a commit",
-        settings.restart_budget
+        "  restart budget             {} deaths in a row without a commit{}",
+        settings.restart_budget,
+        settings.restart_period.map_or(String::new(), |period| format!(", within {period:?}"))
     )?;
+    tiers(plan, settings, out)?;
     checkpoints(plan, settings, out)?;
-    let full = match settings.completeness {
-        Completeness::Full => "full: producers wait for a dead consumer once its ring is full",
-        Completeness::Partial => {
-            "partial: producers drop and count what a dead consumer's ring cannot take"
-        }
-    };
-    writeln!(out, "\ncompleteness {full}")?;
+    plan.slo.explain(out)?;
     if plan.edges.iter().any(|edge| edge.kind == EdgeKind::Stdin) {
         writeln!(
             out,

@@ -1,9 +1,11 @@
 //! The layout: where every byte of a job lies, in its segment and in the arena.
 //!
 //! ```text
-//! control segment   header page | description | words | rings from the launching process
-//! worker segment    header | last words | counters | words || cells | undo log | spills | rings
-//!                   `------- front: mapped by all -------------'' `--- the owner's alone --------'
+//! control segment   header page | descriptions | orders | words | rings from the launching process
+//! worker segment    header | last words | marker | letter | counters | words || cells | undo log |
+//! spills | rings
+//!                   `------- front: mapped by all ----------------------------'' `--- the owner's
+//!                   alone --------'
 //! group segments    one for each key group of each operator with state
 //! ```
 //!
@@ -13,10 +15,12 @@
 use super::{CounterKind, EdgeKind, EdgeSpec, Grouping, OperatorSpec, Process, Stage};
 use crate::config::Settings;
 use crate::error::Error;
+use testudo_shm::follow::follower_bytes;
+use testudo_shm::letter::Letter;
 use testudo_shm::ring::WORD_STRIDE;
 use testudo_shm::segment::PAGE;
 
-/// Bytes for the job's description behind the control header.
+/// Bytes for the job's description, of which two slots lie behind the control header.
 pub(crate) const DESCRIPTION_BYTES: usize = 1 << 20;
 
 /// Bytes of a worker's cell directory and cells.
@@ -32,11 +36,17 @@ pub(crate) const LOG_SOFT_BYTES: usize = 64 << 10;
 /// Bytes reserved for each lane's spill.
 pub(crate) const SPILL_BYTES: usize = 4 << 30;
 
+/// Bytes reserved for what a sink could not write.
+pub(crate) const HOLDING_BYTES: usize = 4 << 30;
+
 /// Bytes reserved for a key group, when there are few of them.
 const GROUP_BYTES: usize = 8 << 30;
 
 /// Bytes of addresses that all key groups together may reserve.
 const GROUPS_TOTAL: usize = 16 << 40;
+
+/// Bytes of a worker's journal: a fifth of a second of the shortest steps.
+pub(crate) const JOURNAL_BYTES: usize = PAGE + (1 << 20);
 
 /// A ring's place.
 #[derive(Debug, Clone)]
@@ -63,6 +73,15 @@ pub(crate) struct SpillPlan {
     pub(crate) edge: usize,
     pub(crate) worker: usize,
     pub(crate) lane: usize,
+    /// Offset in the worker's segment.
+    pub(crate) offset: usize,
+}
+
+/// The place for what a sink could not write.
+#[derive(Debug, Clone)]
+pub(crate) struct HoldingPlan {
+    pub(crate) operator: usize,
+    pub(crate) worker: usize,
     /// Offset in the worker's segment.
     pub(crate) offset: usize,
 }
@@ -94,22 +113,67 @@ pub(crate) struct GroupsPlan {
     pub(crate) at: usize,
 }
 
+/// The places of what a worker and its replica tell each other, each in a segment of its own.
+#[derive(Debug, Clone)]
+pub(crate) struct FollowPlan {
+    pub(crate) worker: usize,
+    /// Input rings of the worker.
+    pub(crate) rings: usize,
+    /// Arena offset of the worker's journal.
+    pub(crate) journal: usize,
+    /// Arena offset of what the replica says.
+    pub(crate) follower: usize,
+}
+
+impl FollowPlan {
+    /// Bytes of what the replica says.
+    pub(crate) fn follower_bytes(&self) -> usize {
+        follower_bytes(self.rings)
+    }
+}
+
 /// The whole layout.
 #[derive(Debug, Clone)]
 pub(crate) struct Layout {
     pub(crate) segments: Vec<SegmentPlan>,
     pub(crate) rings: Vec<RingPlan>,
     pub(crate) spills: Vec<SpillPlan>,
+    pub(crate) holdings: Vec<HoldingPlan>,
     pub(crate) groups: Vec<GroupsPlan>,
     pub(crate) counters: usize,
+    /// The first counter of an edge.
+    pub(crate) edge_counters: usize,
     pub(crate) arena_bytes: usize,
+    /// Workers of tier 1. They change no place of anything else.
+    pub(crate) follows: Vec<FollowPlan>,
+    /// All addresses, those of `follows` included.
+    pub(crate) reserved_bytes: usize,
 }
 
-/// Offset of a worker's counters in its segment: behind the header and the last words.
-pub(crate) const COUNTERS_AT: usize = 2 * PAGE;
+/// Counters that a worker has room for at least; what is not used costs no memory.
+const COUNTERS_MIN: usize = 1024;
 
 /// Offset of the last words in a worker's segment.
 pub(crate) const LAST_WORDS_AT: usize = PAGE;
+
+/// Offset of what a worker says about what it is doing.
+pub(crate) const MARKER_AT: usize = 2 * PAGE;
+
+/// Offset of what it says of its death in numbers.
+pub(crate) const OBITUARY_AT: usize = MARKER_AT + 2048;
+
+/// Offset of the records that it puts aside.
+pub(crate) const LETTER_AT: usize = 3 * PAGE;
+
+/// Offset of a worker's counters in its segment.
+pub(crate) const COUNTERS_AT: usize = LETTER_AT + size_of::<Letter>().next_multiple_of(PAGE);
+
+/// Offset of the orders to workers in the supervisor's segment.
+pub(crate) const ORDERS_AT: usize = PAGE + 2 * DESCRIPTION_BYTES;
+
+/// Bytes of them: one for each worker.
+const ORDERS_BYTES: usize =
+    (super::WORKERS_MAX * size_of::<testudo_shm::letter::Orders>()).next_multiple_of(PAGE);
 
 impl Layout {
     pub(crate) fn new(
@@ -120,21 +184,34 @@ impl Layout {
         user_counters: usize,
         settings: &Settings,
     ) -> Result<Self, Error> {
-        let counters = operators.len() * CounterKind::ALL.len() + user_counters;
+        let edge_counters = operators.len() * CounterKind::ALL.len() + user_counters;
+        // There is room for those of another program with more operators (HotUpdate).
+        let counters = edge_counters + crate::exchange::account::counters(edges.len());
+        let counters = (2 * counters).next_power_of_two().max(COUNTERS_MIN);
         let mut layout = Self {
             segments: vec![SegmentPlan::default(); workers + 1],
             rings: Vec::new(),
             spills: Vec::new(),
+            holdings: Vec::new(),
             groups: Vec::new(),
             counters,
+            edge_counters,
             arena_bytes: 0,
+            follows: Vec::new(),
+            reserved_bytes: 0,
         };
         let mut words = vec![0; workers + 1];
         for (edge, spec) in edges.iter().enumerate() {
             layout.add_edge(edge, spec, stages, settings, &mut words);
         }
+        for (operator, spec) in operators.iter().enumerate().filter(|(_, o)| o.kind == "sink") {
+            let workers = stages[spec.stage].workers.iter();
+            let own = workers.map(|&worker| HoldingPlan { operator, worker, offset: 0 });
+            layout.holdings.extend(own);
+        }
         layout.place_segments(&words);
         layout.place_groups(operators, stages, settings);
+        layout.reserved_bytes = layout.arena_bytes;
         layout.check_cells(operators, edges, stages)?;
         if layout.arena_bytes > 1 << 46 {
             return Err(Error::Plan(format!(
@@ -156,7 +233,7 @@ impl Layout {
     ) -> usize {
         let spills = self.spills.iter().filter(|spill| spill.worker == worker).count();
         let ends = self.rings.iter().filter(|ring| ring.from == worker || ring.to == worker);
-        2 * spills + 3 * ends.count() + 6 * operators + 4 * edges + 2 * stages
+        2 * spills + 3 * ends.count() + 8 * operators + 4 * edges + 2 * stages
     }
 
     fn check_cells(
@@ -226,7 +303,7 @@ impl Layout {
         for (process, words) in words.iter().enumerate() {
             let mut segment = SegmentPlan::default();
             segment.words = if process == supervisor {
-                PAGE + DESCRIPTION_BYTES
+                ORDERS_AT + ORDERS_BYTES
             } else {
                 pages(COUNTERS_AT + self.counters * testudo_shm::counters::ENTRY)
             };
@@ -239,6 +316,10 @@ impl Layout {
                 for spill in self.spills.iter_mut().filter(|spill| spill.worker == process) {
                     spill.offset = offset;
                     offset += SPILL_BYTES;
+                }
+                for holding in self.holdings.iter_mut().filter(|h| h.worker == process) {
+                    holding.offset = offset;
+                    offset += HOLDING_BYTES;
                 }
             }
             segment.private_end = offset;
@@ -280,9 +361,27 @@ impl Layout {
         }
     }
 
+    /// Places what the workers of tier 1 and their replicas tell each other, behind all else.
+    pub(crate) fn place_follows(&mut self, workers: impl Iterator<Item = Process>) {
+        for worker in workers {
+            let rings = self.rings.iter().filter(|ring| ring.to == worker).count();
+            let journal = self.reserved_bytes;
+            let follower = journal + JOURNAL_BYTES;
+            self.reserved_bytes = follower + follower_bytes(rings);
+            self.follows.push(FollowPlan { worker, rings, journal, follower });
+        }
+    }
+
+    /// What a worker of tier 1 and its replica share.
+    pub(crate) fn follow(&self, worker: Process) -> Option<&FollowPlan> {
+        self.follows.iter().find(|follow| follow.worker == worker)
+    }
+
     /// Descriptors that the launching process needs for all segments.
     pub(crate) fn descriptors(&self) -> usize {
-        self.segments.len() * 2 + self.groups.iter().map(|groups| groups.groups).sum::<usize>()
+        self.segments.len() * 2
+            + self.follows.len() * 4
+            + self.groups.iter().map(|groups| groups.groups).sum::<usize>()
     }
 }
 

@@ -7,6 +7,8 @@
 //!
 //! Called by the file sinks.
 
+use crate::testing::refused;
+use crate::worker::outside::may_pass;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
@@ -20,14 +22,39 @@ pub struct AppendFile {
     is_regular: bool,
 }
 
+/// Why a file takes nothing, with the operating system's number of the error, if it is one of those
+/// that may pass.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) message: String,
+    pub(crate) outage: Option<i32>,
+}
+
+impl Refusal {
+    pub(crate) fn new(message: String, error: &std::io::Error) -> Self {
+        let outage = error.raw_os_error().filter(|errno| may_pass(*errno));
+        Self { message, outage }
+    }
+}
+
+impl From<String> for Refusal {
+    fn from(message: String) -> Self {
+        Self { message, outage: None }
+    }
+}
+
 impl AppendFile {
     /// Opens or creates the file and cuts it at `position`.
     ///
     /// # Errors
     /// What is wrong with the file, as text.
     pub fn open(path: &Path, position: u64) -> Result<Self, String> {
+        Self::try_open(path, position).map_err(|refusal| refusal.message)
+    }
+
+    pub(crate) fn try_open(path: &Path, position: u64) -> Result<Self, Refusal> {
         let failed = |what: &str, error: std::io::Error| {
-            format!("cannot {what} {}: {error}", path.display())
+            Refusal::new(format!("cannot {what} {}: {error}", path.display()), &error)
         };
         let file = OpenOptions::new()
             .write(true)
@@ -39,9 +66,11 @@ impl AppendFile {
         let is_regular = meta.is_file();
         if is_regular {
             if meta.len() < position {
-                return Err(changed(path, meta.len(), position));
+                return Err(changed(path, meta.len(), position).into());
             }
-            file.set_len(position).map_err(|error| failed("truncate output", error))?;
+            if meta.len() > position {
+                file.set_len(position).map_err(|error| failed("truncate output", error))?;
+            }
         }
         Ok(Self { path: path.into(), file, is_regular })
     }
@@ -60,19 +89,30 @@ impl AppendFile {
     /// # Errors
     /// What the system says, as text.
     pub fn append(&mut self, bytes: &[u8], position: &mut u64) -> Result<(), String> {
-        let done = if self.is_regular {
-            // Writing behind a file that was cut short would fill the gap with zeros.
-            match self.file.metadata() {
-                Ok(meta) if meta.len() < *position => {
-                    return Err(changed(&self.path, meta.len(), *position));
-                }
-                Ok(_) => self.file.write_all_at(bytes, *position),
-                Err(error) => Err(error),
-            }
-        } else {
-            self.file.write_all(bytes)
+        self.try_append(bytes, position).map_err(|refusal| refusal.message)
+    }
+
+    pub(crate) fn try_append(&mut self, bytes: &[u8], position: &mut u64) -> Result<(), Refusal> {
+        let failed = |error: std::io::Error| {
+            Refusal::new(format!("cannot write to {}: {error}", self.path.display()), &error)
         };
-        done.map_err(|error| format!("cannot write to {}: {error}", self.path.display()))?;
+        if !self.is_regular {
+            // What a pipe has taken of it cannot be taken back: no second try.
+            let done = self.file.write_all(bytes);
+            done.map_err(|error| Refusal { outage: None, ..failed(error) })?;
+        } else {
+            // Writing behind a file that was cut short would fill the gap with zeros.
+            let found = self.file.metadata().map_err(failed)?.len();
+            if found < *position {
+                return Err(changed(&self.path, found, *position).into());
+            }
+            let done = refused(&self.path).and_then(|()| self.file.write_all_at(bytes, *position));
+            if let Err(error) = done {
+                // Readers are not to see half a step; what stays is cut off by the next try.
+                let _ = self.file.set_len(*position);
+                return Err(failed(error));
+            }
+        }
         *position += bytes.len() as u64;
         Ok(())
     }

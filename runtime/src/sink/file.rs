@@ -8,7 +8,7 @@
 //!
 //! Called through [`Sink`].
 
-use super::append::AppendFile;
+use super::append::{AppendFile, Refusal};
 use super::parts::{self, Parts, Shelf};
 use super::{Cut, Sink, Writer};
 use crate::config::Settings;
@@ -136,6 +136,30 @@ pub struct FileWriter<F> {
     /// The lines of the open step.
     lines: Vec<u8>,
     format: Arc<F>,
+    /// The last error, if it may pass.
+    outage: Option<i32>,
+}
+
+impl<F> FileWriter<F> {
+    fn new(to: To, format: Arc<F>) -> Self {
+        Self { to, lines: Vec::new(), format, outage: None }
+    }
+
+    /// Notes whether an error may pass.
+    fn noted(&mut self, done: Result<(), Refusal>) -> Result<(), String> {
+        done.map_err(|refusal| {
+            self.outage = refusal.outage;
+            refusal.message
+        })
+    }
+
+    fn put(&mut self, lines: &[u8], position: &mut Written) -> Result<(), String> {
+        let done = match &mut self.to {
+            To::One(file, _) => file.try_append(lines, &mut position.bytes),
+            To::Parts(parts) => parts.append(lines, position),
+        };
+        self.noted(done)
+    }
 }
 
 #[derive(Debug)]
@@ -188,9 +212,9 @@ impl<T: Record, F: Format<T>> Sink<T> for FileSink<F> {
     }
 
     fn open(&self, subtask: Subtask, from: &Written) -> Result<FileWriter<F>, String> {
-        let (lines, format) = (Vec::new(), Arc::clone(&self.format));
+        let format = Arc::clone(&self.format);
         if let Some(shelf) = self.shelf(subtask.index) {
-            return Ok(FileWriter { to: To::Parts(Parts::open(shelf, from)?), lines, format });
+            return Ok(FileWriter::new(To::Parts(Parts::open(shelf, from)?), format));
         }
         let path = if self.is_folder {
             let name = parts::name(subtask.index, None, &self.extension);
@@ -200,7 +224,33 @@ impl<T: Record, F: Format<T>> Sink<T> for FileSink<F> {
         };
         let file = AppendFile::open(&path, from.bytes)?;
         let files = Rc::new(RefCell::new(vec![file.handle()?]));
-        Ok(FileWriter { to: To::One(file, files), lines, format })
+        Ok(FileWriter::new(To::One(file, files), format))
+    }
+
+    /// That there are as many bytes: nobody reads them again.
+    fn check(&self, subtask: Subtask, position: &Written) -> Result<(), String> {
+        if position.bytes == 0 {
+            return Ok(());
+        }
+        let (path, found) = match self.shelf(subtask.index) {
+            Some(shelf) => parts::bytes_of(&shelf, position.part),
+            None => {
+                let meta = std::fs::metadata(&self.path);
+                if meta.as_ref().is_ok_and(|meta| !meta.is_file()) {
+                    return Ok(());
+                }
+                (self.path.clone(), meta.ok().map(|meta| meta.len()))
+            }
+        };
+        let (path, written) = (path.display(), position.bytes);
+        match found {
+            None => Err(format!("output {path}, of which {written} bytes were written, is gone")),
+            Some(found) if found < written => Err(format!(
+                "output {path} has {found} bytes where {written} were written: it was changed from \
+                 outside"
+            )),
+            Some(_) => Ok(()),
+        }
     }
 
     fn settle(&self, subtask: Subtask, position: &Written, epoch: u64) -> Result<(), String> {
@@ -239,12 +289,25 @@ impl<T: Record, F: Format<T>> Writer<T, Written> for FileWriter<F> {
     }
 
     fn flush(&mut self, position: &mut Written) -> Result<(), String> {
-        match &mut self.to {
-            To::One(file, _) => file.append(&self.lines, &mut position.bytes)?,
-            To::Parts(parts) => parts.append(&self.lines, position)?,
+        let lines = std::mem::take(&mut self.lines);
+        let done = self.put(&lines, position);
+        self.lines = lines;
+        if done.is_ok() {
+            self.lines.clear();
         }
-        self.lines.clear();
-        Ok(())
+        done
+    }
+
+    fn outage(&self) -> Option<i32> {
+        self.outage
+    }
+
+    fn retain(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.lines)
+    }
+
+    fn retry(&mut self, retained: &[u8], position: &mut Written) -> Result<(), String> {
+        self.put(retained, position)
     }
 
     fn files(&self) -> Option<SharedFiles> {
@@ -264,7 +327,10 @@ impl<T: Record, F: Format<T>> Writer<T, Written> for FileWriter<F> {
     fn commit(&mut self, epoch: u64) -> Result<(), String> {
         match &mut self.to {
             To::One(..) => Ok(()),
-            To::Parts(parts) => parts.commit(epoch),
+            To::Parts(parts) => {
+                let done = parts.commit(epoch);
+                self.noted(done)
+            }
         }
     }
 }

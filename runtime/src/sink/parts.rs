@@ -25,8 +25,9 @@
 //!
 //! Called by the file sink and, for names, by `supervisor/outputs`.
 
-use super::append::{AppendFile, changed};
+use super::append::{AppendFile, Refusal, changed};
 use super::file::Written;
+use crate::testing::refused;
 use crate::worker::context::SharedFiles;
 use std::cell::RefCell;
 use std::fs::File;
@@ -91,11 +92,12 @@ pub(crate) fn remove(path: &Path) -> Result<(), String> {
 }
 
 /// Renames a part, unless that is done already.
-pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), String> {
-    match std::fs::rename(from, to) {
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), Refusal> {
+    match refused(to).and_then(|()| std::fs::rename(from, to)) {
         Err(_) if !from.exists() && to.exists() => Ok(()),
         done => done.map_err(|error| {
-            format!("cannot rename {} to {}: {error}", from.display(), to.display())
+            let what = format!("cannot rename {} to {}: {error}", from.display(), to.display());
+            Refusal::new(what, &error)
         }),
     }
 }
@@ -118,6 +120,16 @@ impl Shelf {
             name.push_str(OPEN);
         }
         self.folder.join(name)
+    }
+}
+
+/// The file of a part, whatever its name is by now, and its bytes if it is there.
+pub(crate) fn bytes_of(shelf: &Shelf, number: u64) -> (PathBuf, Option<u64>) {
+    let bytes = |path: &Path| std::fs::metadata(path).ok().map(|meta| meta.len());
+    let (open, last) = (shelf.path(number, true), shelf.path(number, false));
+    match (bytes(&open), bytes(&last)) {
+        (None, Some(found)) => (last, Some(found)),
+        (found, _) => (open, found),
     }
 }
 
@@ -164,12 +176,14 @@ impl Parts {
     }
 
     /// Writes a step's lines, which may begin a part.
-    pub(crate) fn append(&mut self, lines: &[u8], position: &mut Written) -> Result<(), String> {
+    pub(crate) fn append(&mut self, lines: &[u8], position: &mut Written) -> Result<(), Refusal> {
         if lines.is_empty() {
             return Ok(());
         }
-        if let Some(open) = &mut self.open {
-            return open.append(lines, &mut position.bytes);
+        if let Some(open) = &mut self.open
+            && position.bytes > 0
+        {
+            return open.try_append(lines, &mut position.bytes);
         }
         if position.bytes > 0 {
             // That part was made final while this subtask was not there. No part has the next
@@ -177,17 +191,24 @@ impl Parts {
             *position = Written { bytes: 0, part: position.part + 1 };
         }
         self.number = position.part;
-        let mut open = AppendFile::open(&self.shelf.path(self.number, true), 0)?;
-        self.files.borrow_mut().push(open.handle()?);
+        // There already, and empty, if an earlier try got no further.
+        let mut open = match self.open.take() {
+            Some(open) => open,
+            None => {
+                let open = AppendFile::try_open(&self.shelf.path(self.number, true), 0)?;
+                self.files.borrow_mut().push(open.handle()?);
+                open
+            }
+        };
         let mut bytes = Vec::new();
         if let Some(header) = &self.shelf.header {
             bytes.extend_from_slice(header.as_bytes());
             bytes.push(b'\n');
         }
         bytes.extend_from_slice(lines);
-        open.append(&bytes, &mut position.bytes)?;
+        let done = open.try_append(&bytes, &mut position.bytes);
         self.open = Some(open);
-        Ok(())
+        done
     }
 
     /// At a cut: closes the part that is written, if it is large enough or the last one.
@@ -203,7 +224,7 @@ impl Parts {
 
     /// Gives all parts their final names that a cut up to `epoch` has closed. A part was closed by
     /// the cut that the next one is numbered after.
-    pub(crate) fn commit(&mut self, epoch: u64) -> Result<(), String> {
+    pub(crate) fn commit(&mut self, epoch: u64) -> Result<(), Refusal> {
         while let Some(&number) = self.closed.first() {
             let closed_at = self.closed.get(1).copied().unwrap_or(self.number);
             if closed_at > epoch {
@@ -218,10 +239,11 @@ impl Parts {
 
     /// Nothing more comes: the part that was written is final as well.
     pub(crate) fn end(mut self, epoch: u64) -> Result<(), String> {
-        self.commit(epoch)?;
+        self.commit(epoch).map_err(|refusal| refusal.message)?;
         if self.open.take().is_some() {
             let number = self.number;
-            rename(&self.shelf.path(number, true), &self.shelf.path(number, false))?;
+            rename(&self.shelf.path(number, true), &self.shelf.path(number, false))
+                .map_err(|refusal| refusal.message)?;
         }
         Ok(())
     }
@@ -239,7 +261,7 @@ fn reopen(shelf: &Shelf, from: &Written) -> Result<Option<AppendFile>, String> {
             return Err(changed(&open, found, from.bytes));
         }
         // The job goes back to a checkpoint before the one that made it final.
-        rename(&last, &open)?;
+        rename(&last, &open).map_err(|refusal| refusal.message)?;
     }
     AppendFile::open(&open, from.bytes).map(Some)
 }

@@ -5,13 +5,19 @@
 //! offset in that file, so a successor goes on with the very next record. A bad line is refused
 //! with its file, offset and reason; reading goes on behind it.
 //!
-//! `split` cuts, `lines` reads, `csv` and `json` decode, `rejects` describes what was refused.
+//! A file that is cut short, removed or replaced while the job reads it costs what is gone, and no
+//! more: that is counted as one refused input that says how much it was.
+//!
+//! `split` cuts, `points` finds where, `lines` reads, `csv` and `json` decode, `rejects` describes
+//! what was refused.
 
 mod csv;
 
 mod json;
 
 mod lines;
+
+mod points;
 
 mod rejects;
 
@@ -151,10 +157,14 @@ impl<T> FileSource<T> {
 
 /// Reads one subtask's ranges.
 pub struct FileReader<T> {
-    files: Vec<PathBuf>,
+    files: Vec<InputFile>,
     ranges: VecDeque<ByteRange>,
     /// Index of the first range in `ranges` among all of this subtask.
     range: u64,
+    /// Where in it the reader begins that is not open yet; 0 for its start.
+    offset: u64,
+    /// Tries in a row that an outage has foiled.
+    tries: u32,
     reader: Option<LineReader>,
     framing: Framing,
     decode: Decoder<T>,
@@ -191,14 +201,21 @@ impl<T: Record> Source for FileSource<T> {
         if let Some(records) = wishes.limit {
             inputs = split::limit(&inputs, &framing, records).map_err(|error| error.to_string())?;
         }
-        let ends: Vec<u64> = inputs.iter().map(|input| input.end).collect();
-        serde_json::to_string(&ends).map_err(|error| error.to_string())
+        let found: Vec<(u64, lines::Identity)> =
+            inputs.iter().map(|input| (input.end, input.identity)).collect();
+        serde_json::to_string(&found).map_err(|error| error.to_string())
     }
 
     fn configure(&mut self, survey: &str, wishes: &Wishes) -> Result<bool, String> {
-        let ends: Vec<u64> = serde_json::from_str(survey).map_err(|error| error.to_string())?;
-        let files = self.paths.iter().zip(ends);
-        self.inputs = files.map(|(path, end)| InputFile { path: path.clone(), end }).collect();
+        let found: Vec<(u64, lines::Identity)> =
+            serde_json::from_str(survey).map_err(|error| error.to_string())?;
+        let files = self.paths.iter().zip(found);
+        let input = |(path, (end, identity)): (&PathBuf, _)| InputFile {
+            path: path.clone(),
+            end,
+            identity,
+        };
+        self.inputs = files.map(input).collect();
         self.keep_whole = wishes.keep_whole;
         Ok(true)
     }
@@ -210,23 +227,18 @@ impl<T: Record> Source for FileSource<T> {
         let mut ranges =
             split::split(&self.inputs, &framing, subtask.count, self.cut()).map_err(text)?;
         let own = ranges.swap_remove(subtask.index);
-        let mut ranges: VecDeque<ByteRange> = own.into_iter().skip(from[0] as usize).collect();
-        let mut reader = FileReader {
-            files: self.inputs.iter().map(|input| input.path.clone()).collect(),
+        let ranges: VecDeque<ByteRange> = own.into_iter().skip(from[0] as usize).collect();
+        Ok(FileReader {
+            files: self.inputs.clone(),
             range: from[0],
+            offset: from[1],
+            tries: 0,
             reader: None,
             framing,
             decode: (self.make)(self.form, header.as_deref())?,
             of: PhantomData,
-            ranges: std::mem::take(&mut ranges),
-        };
-        if from[1] > 0 {
-            reader.open_range().map_err(text)?;
-            if let Some(lines) = &mut reader.reader {
-                lines.seek(from[1]).map_err(text)?;
-            }
-        }
-        Ok(reader)
+            ranges,
+        })
     }
 
     fn inputs(&self) -> Vec<PathBuf> {
@@ -238,6 +250,10 @@ impl<T: Record> Source for FileSource<T> {
     }
 }
 
+/// Pauses after tries that an outage has foiled: the first, doubled each time, and the longest.
+const PAUSE_NS: u64 = 5_000_000;
+const PAUSE_MAX_NS: u64 = 1_000_000_000;
+
 impl<T> FileReader<T> {
     /// Opens the first range that is left, if none is open; false when there is none.
     fn open_range(&mut self) -> Result<bool, lines::InputError> {
@@ -245,10 +261,85 @@ impl<T> FileReader<T> {
             let Some(range) = self.ranges.front() else {
                 return Ok(false);
             };
-            let bytes: Range<u64> = range.bytes.clone();
-            self.reader = Some(LineReader::open(&self.files[range.file], bytes, self.framing)?);
+            let (bytes, input): (Range<u64>, _) = (range.bytes.clone(), &self.files[range.file]);
+            let (file, _) = lines::open_known(&input.path, input.identity)?;
+            let mut reader = LineReader::over(file, &input.path, bytes, self.framing);
+            if self.offset > 0 {
+                reader.seek(self.offset)?;
+            }
+            self.reader = Some(reader);
         }
         Ok(true)
+    }
+
+    /// The next range is the first that is left.
+    fn end_range(&mut self) -> [u64; 2] {
+        self.reader = None;
+        self.ranges.pop_front();
+        (self.range, self.offset) = (self.range + 1, 0);
+        [self.range, 0]
+    }
+
+    /// What is left of a range cannot be read: when to try again, or what is lost.
+    #[cold]
+    fn failed(&mut self, error: &lines::InputError) -> Result<Failed, String> {
+        if let Some(errno) = error.outage() {
+            let pause = (PAUSE_NS << self.tries.min(16)).min(PAUSE_MAX_NS);
+            self.tries += 1;
+            let until_ns = crate::time::now_ns() + pause;
+            return Ok(Failed::Later(Progress::Blocked { until_ns, errno }));
+        }
+        let (Some(range), true) = (self.ranges.front(), error.is_loss()) else {
+            return Err(error.to_string());
+        };
+        let at = self.reader.as_ref().map_or(self.offset, LineReader::position);
+        let at = at.max(range.bytes.start);
+        let lost = range.bytes.end.saturating_sub(at);
+        let file = &self.files[range.file].path;
+        crate::say!("testudo: {error}; {lost} bytes are lost, the job goes on");
+        let reason = format!("{error}; {lost} bytes are lost");
+        let description = refused(file, at, &reason, b"", 0);
+        Ok(Failed::Lost(description))
+    }
+}
+
+/// What becomes of a range that cannot be read on.
+enum Failed {
+    Later(Progress),
+    Lost(String),
+}
+
+impl<T: Record> FileReader<T> {
+    /// Reads one record or reject; `None` when the range was read or given up, and when there is
+    /// nothing left.
+    fn read_one(
+        &mut self,
+        position: &mut [u64; 2],
+        out: &mut impl Collect<T>,
+    ) -> Result<Option<Progress>, lines::InputError> {
+        if !self.open_range()? {
+            return Ok(Some(Progress::End));
+        }
+        let (Some(reader), Some(range)) = (&mut self.reader, self.ranges.front()) else {
+            return Ok(Some(Progress::End));
+        };
+        let file: &Path = &self.files[range.file].path;
+        match reader.next()? {
+            Some(Next::Line { offset, text }) => match (self.decode)(text) {
+                Ok(record) => out.emit(record),
+                Err(reason) => out.reject(refused(file, offset, &reason, text, text.len() as u64)),
+            },
+            Some(Next::Reject { offset, head, bytes, reason }) => {
+                out.reject(refused(file, offset, &reason.to_string(), head, bytes));
+            }
+            None => {
+                *position = self.end_range();
+                return Ok(None);
+            }
+        }
+        self.offset = reader.position();
+        *position = [self.range, self.offset];
+        Ok(None)
     }
 }
 
@@ -259,25 +350,33 @@ impl<T: Record> Reader<T, [u64; 2]> for FileReader<T> {
         max: usize,
         out: &mut impl Collect<T>,
     ) -> Result<Progress, String> {
-        let text = |error: lines::InputError| error.to_string();
         for _ in 0..max.min(LINES) {
-            if !self.open_range().map_err(text)? {
-                return Ok(Progress::End);
-            }
-            let (Some(reader), Some(range)) = (&mut self.reader, self.ranges.front()) else {
-                return Ok(Progress::End);
-            };
-            let file: &Path = &self.files[range.file];
-            match reader.next().map_err(text)? {
-                Some(Next::Line { offset, text }) => match (self.decode)(text) {
-                    Ok(record) => out.emit(record),
-                    Err(reason) => {
-                        out.reject(refused(file, offset, &reason, text, text.len() as u64))
+            match self.read_one(position, out) {
+                Ok(None) => self.tries = 0,
+                Ok(Some(progress)) => return Ok(progress),
+                Err(error) => match self.failed(&error)? {
+                    Failed::Later(progress) => {
+                        // Opened again by the next try, where this one stood.
+                        self.reader = None;
+                        return Ok(progress);
+                    }
+                    Failed::Lost(description) => {
+                        out.reject(description);
+                        *position = self.end_range();
                     }
                 },
-                Some(Next::Reject { offset, head, bytes, reason }) => {
-                    out.reject(refused(file, offset, &reason.to_string(), head, bytes));
-                }
+            }
+        }
+        Ok(Progress::More)
+    }
+
+    fn skip(&mut self, position: &mut [u64; 2]) -> Result<Option<Vec<u8>>, String> {
+        let text = |error: lines::InputError| error.to_string();
+        while self.open_range().map_err(text)? {
+            let Some(reader) = &mut self.reader else { break };
+            let line = match reader.next().map_err(text)? {
+                Some(Next::Line { text, .. }) => text.to_vec(),
+                Some(Next::Reject { head, .. }) => head.to_vec(),
                 None => {
                     self.reader = None;
                     self.ranges.pop_front();
@@ -285,10 +384,19 @@ impl<T: Record> Reader<T, [u64; 2]> for FileReader<T> {
                     *position = [self.range, 0];
                     continue;
                 }
-            }
+            };
             *position = [self.range, reader.position()];
+            return Ok(Some(line));
         }
-        Ok(Progress::More)
+        Ok(Some(Vec::new()))
+    }
+
+    fn origin(&self, position: &[u64; 2]) -> String {
+        let range = self.ranges.get((position[0].saturating_sub(self.range)) as usize);
+        let file =
+            range.map_or(String::new(), |range| self.files[range.file].path.display().to_string());
+        let start = range.map_or(0, |range| range.bytes.start);
+        format!("{file} at byte {}", if position[1] > 0 { position[1] } else { start })
     }
 }
 

@@ -83,4 +83,13 @@ impl<T: Record, F: Fn(u64) -> T + 'static> Reader<T, u64> for GeneratorReader<T,
         *position = first + count * step;
         Ok(if count == left { Progress::End } else { Progress::More })
     }
+
+    fn skip(&mut self, position: &mut u64) -> Result<Option<Vec<u8>>, String> {
+        *position += self.step;
+        Ok(Some(Vec::new()))
+    }
+
+    fn origin(&self, position: &u64) -> String {
+        format!("number {position}")
+    }
 }

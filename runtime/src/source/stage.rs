@@ -9,9 +9,12 @@
 use super::{Collect, Progress, Reader};
 use crate::error::Error;
 use crate::operator::{Push, Stage};
+use crate::worker::careful::Verdict;
 use crate::worker::context::{CounterPlace, Cx};
+use crate::worker::tape::{Mode, Told};
 use std::marker::PhantomData;
-use testudo_shm::record::{Batch, Record};
+use testudo_shm::marker::{self, Phase};
+use testudo_shm::record::{Batch, Record, Scratch};
 use testudo_shm::txn::{Place, Plain};
 
 const READING: u64 = 0;
@@ -61,6 +64,9 @@ pub struct SourcePart<P: Plain, R> {
 
 pub struct SourceStage<T, P: Plain, R, N> {
     pub(crate) name: String,
+    pub(crate) stage: u32,
+    /// Records that were put aside.
+    pub(crate) aside: CounterPlace,
     pub(crate) parts: Vec<SourcePart<P, R>>,
     /// The part whose turn it is.
     pub(crate) turn: usize,
@@ -75,6 +81,9 @@ pub struct SourceStage<T, P: Plain, R, N> {
     /// Records that this subtask may still read, where the job has a limit.
     pub(crate) limit: Option<u64>,
     pub(crate) wake: Option<u64>,
+    pub(crate) operator: usize,
+    /// What it reads from did not answer last.
+    pub(crate) is_blocked: bool,
     pub(crate) next: N,
     pub(crate) of: PhantomData<fn() -> T>,
 }
@@ -99,6 +108,9 @@ impl<T: Record, N: Push<T>> Collect<T> for Collector<'_, T, N> {
     #[inline(always)]
     fn emit_all(&mut self, values: &[T]) {
         self.emitted += values.len();
+        if self.cx.careful.is_some() {
+            self.cx.show_alone(T::bytes_of(values).unwrap_or_default());
+        }
         match Batch::of_values(values) {
             Some(batch) => self.next.push_batch(self.cx, batch),
             None => values.iter().for_each(|value| self.next.push_value(self.cx, value)),
@@ -114,10 +126,57 @@ impl<T: Record, N: Push<T>> Collect<T> for Collector<'_, T, N> {
     }
 }
 
+/// As a replica: reads what the worker read, and goes to where it went.
+#[cold]
+fn play<T: Record, P: Plain, N: Push<T>>(
+    told: &Told,
+    reader: &mut impl Reader<T, P>,
+    position: &mut P,
+    out: &mut Collector<'_, T, N>,
+) -> Result<Progress, String> {
+    let played = told.play(|max| {
+        let (before, had) = (*position, out.emitted + out.rejected);
+        reader.read(position, max, out)?;
+        // It found out something that the worker had not found out yet.
+        if out.emitted + out.rejected == had {
+            *position = before;
+        }
+        Ok(out.emitted + out.rejected)
+    });
+    *position = P::read_from_bytes(&told.position).unwrap_or(*position);
+    played
+}
+
+/// Takes the one record that is passed over, for its bytes.
+struct Kept<T> {
+    bytes: Vec<u8>,
+    of: PhantomData<fn(T)>,
+}
+
+impl<T: Record> Collect<T> for Kept<T> {
+    fn emit(&mut self, value: T) {
+        let mut scratch = Scratch::default();
+        self.bytes.extend_from_slice(value.item(&mut scratch).bytes());
+    }
+
+    fn emit_all(&mut self, values: &[T]) {
+        let mut scratch = Scratch::default();
+        for value in values {
+            self.bytes.extend_from_slice(value.item(&mut scratch).bytes());
+        }
+    }
+
+    fn reject(&mut self, description: String) {
+        self.bytes.extend_from_slice(description.as_bytes());
+    }
+}
+
 impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
     /// How many records may be read now.
     fn allowance(&mut self, cx: &mut Cx) -> usize {
-        let mut max = self.room(cx);
+        // What has no room to be counted in (a closure) still has steps of a bounded length.
+        let mut max = self.room(cx).min(cx.turn);
+        cx.is_pressed |= max == 0;
         if let Some(limit) = self.limit {
             let left = limit.saturating_sub(cx.txn.get(self.records));
             max = max.min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -138,16 +197,52 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
 
     /// Reads from the part whose turn it is, or finds that all have ended.
     fn read(&mut self, cx: &mut Cx) -> usize {
+        if cx.has_taken_one() {
+            return 0;
+        }
         let Some(part) = self.next_part(cx) else {
             cx.txn.set(self.phase, ENDED);
             return 0;
         };
-        let max = self.allowance(cx);
+        if cx.tape.mode == Mode::Tell {
+            return self.read_again(cx);
+        }
+        let mut max = self.allowance(cx);
         if max == 0 {
             return 0;
         }
+        let number = cx.txn.get(self.records) + cx.txn.get(self.rejected);
+        let input = marker::SOURCE | part as u32;
+        let to = [number.saturating_add(max as u64), 0];
+        let place = marker::Place { stage: self.stage, input, from: [number, 0], to };
+        if cx.careful.is_some() {
+            if self.begin_alone(cx, part, &place) == Verdict::PutAside {
+                return self.pass_over(cx, part);
+            }
+            max = 1;
+        } else {
+            cx.marker.enter(Phase::Reading, &place);
+        }
         self.turn = part + 1;
-        let work = self.read_part(cx, part, max);
+        let work = self.read_part(cx, part, max, None);
+        (cx.part, cx.ended_parts) = (0, Vec::new());
+        work
+    }
+
+    /// As a replica: reads what the worker read.
+    #[cold]
+    fn read_again(&mut self, cx: &mut Cx) -> usize {
+        // As the worker did: looking for room is looking at the consumers' heads.
+        let _ = self.room(cx);
+        let Some(told) = cx.tape.told(self.stage) else {
+            return 0;
+        };
+        if told.part >= self.parts.len() || told.position.len() != size_of::<P>() {
+            let message = "the worker has another source than its replica".to_owned();
+            cx.fail(Error::job(&self.name, message));
+            return 0;
+        }
+        let work = self.read_part(cx, told.part, told.count, Some(&told));
         (cx.part, cx.ended_parts) = (0, Vec::new());
         work
     }
@@ -160,7 +255,7 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
         order.into_iter().find(|part| cx.txn.get(self.parts[*part].phase) == READING)
     }
 
-    fn read_part(&mut self, cx: &mut Cx, part: usize, max: usize) -> usize {
+    fn read_part(&mut self, cx: &mut Cx, part: usize, max: usize, told: Option<&Told>) -> usize {
         if self.parts.len() > 1 {
             let ended = self.parts.iter().map(|part| cx.txn.get(part.phase) != READING);
             (cx.ended_parts, cx.part) = (ended.collect(), part);
@@ -177,12 +272,29 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
             last_reject: String::new(),
             of: PhantomData,
         };
-        let progress = reader.read(&mut position, max, &mut out);
+        let progress = match told {
+            None => reader.read(&mut position, max, &mut out),
+            Some(told) => play(told, reader, &mut position, &mut out),
+        };
         let (emitted, rejected, last_reject) = (out.emitted, out.rejected, out.last_reject);
+        if cx.tape.mode == Mode::Note
+            && let Ok(progress) = &progress
+        {
+            let count = emitted + rejected;
+            cx.tape.note(self.stage, part, count, progress, position.as_bytes());
+        }
         let moves_alone = progress == Ok(Progress::More);
+        let is_blocked = matches!(progress, Ok(Progress::Blocked { .. }));
+        if std::mem::replace(&mut self.is_blocked, is_blocked) && !is_blocked {
+            cx.outside.works(self.operator);
+        }
         match progress {
             Ok(Progress::More) => {}
             Ok(Progress::Idle { until_ns }) => self.wake = Some(until_ns),
+            Ok(Progress::Blocked { until_ns, errno }) => {
+                self.wake = Some(until_ns);
+                cx.outside.failed(self.operator, errno, false);
+            }
             Ok(Progress::End) => self.end_part(cx, part, phase),
             Err(message) => cx.fail(Error::job(&self.name, message)),
         }
@@ -192,6 +304,9 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
             if rejected > 0 {
                 self.note_rejects(cx, rejected as u64, &last_reject);
             }
+            if cx.careful.is_some() {
+                cx.end_alone(self.stage);
+            }
             self.end_batch(cx);
         } else if moves_alone {
             cx.txn.set(place, position);
@@ -199,7 +314,40 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
         if let Some(pace) = &mut self.pace {
             pace.took(emitted);
         }
+        if emitted + rejected == 0 {
+            cx.release_alone();
+        }
         emitted + rejected
+    }
+
+    /// The only record of a careful step: which it is, in the source's own words.
+    #[cold]
+    fn begin_alone(&self, cx: &mut Cx, part: usize, place: &marker::Place) -> Verdict {
+        let SourcePart { reader, position, .. } = &self.parts[part];
+        let origin = format!("{}, {}", self.name, reader.origin(&cx.txn.get(*position)));
+        cx.begin_alone(Phase::ReadingOne, place, origin, &[])
+    }
+
+    /// Passes over the next record of a part and puts it aside: the reader skips it, or makes it
+    /// for nobody.
+    #[cold]
+    fn pass_over(&mut self, cx: &mut Cx, part: usize) -> usize {
+        let SourcePart { reader, position: place, .. } = &mut self.parts[part];
+        let mut position = cx.txn.get(*place);
+        let mut kept = Kept { bytes: Vec::new(), of: PhantomData };
+        let skipped = reader.skip(&mut position).and_then(|skipped| match skipped {
+            Some(bytes) => Ok(bytes),
+            None => reader.read(&mut position, 1, &mut kept).map(|_| kept.bytes),
+        });
+        match skipped {
+            Ok(bytes) => {
+                cx.txn.set(*place, position);
+                cx.count(self.records, 1);
+                cx.put_aside(&cx.outer_spot(), &bytes, self.aside);
+            }
+            Err(message) => cx.fail(Error::job(&self.name, message)),
+        }
+        1
     }
 
     /// A part has ended: its time holds nothing up any more. The last one ends the source.
@@ -267,6 +415,7 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> SourceStage<T, P, R, N> {
 impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> Stage for SourceStage<T, P, R, N> {
     fn run(&mut self, cx: &mut Cx) -> usize {
         self.wake = None;
+        cx.marker.set(Phase::Firing, self.stage);
         let mut work = usize::from(self.pump(cx));
         if cx.txn.get(self.phase) == READING {
             if cx.draining || self.limit_is_reached(cx) {
@@ -275,6 +424,7 @@ impl<T: Record, P: Plain, R: Reader<T, P>, N: Push<T>> Stage for SourceStage<T, 
                 work += self.read(cx);
             }
         }
+        cx.marker.set(Phase::Firing, self.stage);
         if cx.txn.get(self.phase) == ENDED && cx.failure.is_none() && self.finish(cx) {
             cx.txn.set(self.phase, DONE);
             work += 1;

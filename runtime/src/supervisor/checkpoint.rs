@@ -10,31 +10,43 @@
 //!
 //! Called by `launch`'s loop at each turn.
 
+mod adopt;
+
+pub(crate) use adopt::Opening;
+
+use super::board::Externals;
+use super::folders::{Folders, Moved};
 use super::launch::Scene;
 use super::recover::Crew;
-use super::resume::Resumed;
+use super::resume::{self, Chosen, Resumed};
+use super::rewind::asked::Asked;
 use super::watch::Events;
 use crate::checkpoint::Now;
 use crate::checkpoint::coordinator::{Action, Coordinator, Limits, Part, Start};
-use crate::checkpoint::history::{History, Kind, Measure};
+use crate::checkpoint::history::{History, Kind, Measure, State};
 use crate::checkpoint::schedule::{Schedule, Timer};
 use crate::config::{DiskChoice, Settings};
 use crate::error::Error;
+use crate::keeper;
+use crate::metrics::figures::CheckpointFigures;
 use crate::plan::{Grouping, Plan};
 use crate::testing::{Point, arm_supervisor, point};
 use crate::time::{now_ns, unix_ms};
-use crate::worker::restore::open_disk;
+use crate::worker::restore::{Restore, open_disk};
 use crossbeam::channel::{Receiver, Sender, bounded, unbounded};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use testudo_shm::header::{CutFailure, WorkerState, control};
 use testudo_shm::primitive::Ordering;
 use testudo_state::checkpoint::manifest::MANIFEST_VERSION;
 use testudo_state::checkpoint::{
-    self, FileRef, Keep, Manifest, Operator, Outcome, RegionName, Store, StoreError, WorkerFile,
+    self, FileRef, Keep, Manifest, Operator, Outcome, RegionName, Store, WorkerFile,
 };
+
+/// The figure of a manifest that says when its run began.
+pub(crate) const RUN: &str = "run_began_ms";
 
 /// Pause between the end of a checkpoint and the begin of the next, at least.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -43,43 +55,92 @@ const PAUSE: Duration = Duration::from_millis(10);
 const LAST_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Work for the store's thread.
-type Task = Box<dyn FnOnce(&mut Store) + Send>;
+type Task = Box<dyn FnOnce(&mut Shop) + Send>;
 
-/// The thread that has the folder's store.
+/// What the store's thread has.
+struct Shop {
+    folder: PathBuf,
+    disk: DiskChoice,
+    /// `None` while the folder cannot be opened.
+    store: Option<Store>,
+}
+
+/// A folder was looked after, and is open.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mended {
+    /// It was opened anew: nothing of what was there need be there any more.
+    pub(crate) is_renewed: bool,
+    /// Numbers that were never used there.
+    pub(crate) next_id: u64,
+    pub(crate) next_epoch: u64,
+}
+
+/// Bytes that a folder must take before it counts as mended.
+const PROBE_BYTES: usize = 256 << 10;
+
+impl Shop {
+    fn open(&mut self) -> Result<(), Error> {
+        let (disk, why) = open_disk(self.disk)?;
+        if let Some(why) = why {
+            crate::say!("testudo: checkpoints: {why}");
+        }
+        let opened = Store::open_for(&self.folder, disk, keeper::job());
+        self.store = Some(opened.map_err(|error| Error::Checkpoint(error.to_string()))?);
+        Ok(())
+    }
+
+    /// Opens the folder again, unless it is what it was, and sees whether it takes anything.
+    fn mend(&mut self) -> Result<Mended, String> {
+        let is_renewed = !self.store.as_ref().is_some_and(Store::is_in_place);
+        if is_renewed {
+            // Its lock goes first.
+            self.store = None;
+            self.open().map_err(|error| error.to_string())?;
+        }
+        let Some(store) = &mut self.store else { return Err("the folder is not open".into()) };
+        let mended = store.probe(PROBE_BYTES).and_then(|()| {
+            let (next_id, next_epoch) = (store.next_id()?, store.next_epoch()?);
+            Ok(Mended { is_renewed, next_id, next_epoch })
+        });
+        mended.map_err(|error| error.to_string())
+    }
+}
+
+/// The thread that has a folder's store.
 #[derive(Debug)]
 pub(crate) struct StoreThread {
+    folder: PathBuf,
     tasks: Option<Sender<Task>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl StoreThread {
-    /// Opens the folder, in the thread that will work on it.
-    pub(crate) fn open(folder: &Path, disk: DiskChoice) -> Result<Self, Error> {
+    /// Starts the thread and has it open the folder; it may be mended later if that fails.
+    pub(crate) fn begin(
+        folder: &Path,
+        disk: DiskChoice,
+    ) -> Result<(Self, Result<(), Error>), Error> {
         let (tasks, received) = unbounded::<Task>();
         let (opened, is_open) = bounded(1);
         let folder = folder.to_owned();
+        let own = folder.clone();
         let work = move || {
             arm_supervisor();
-            let store = open_disk(disk).and_then(|(disk, why)| {
-                if let Some(why) = why {
-                    crate::say!("testudo: checkpoints: {why}");
-                }
-                Store::open(&folder, disk).map_err(|error| Error::Checkpoint(error.to_string()))
-            });
-            match store {
-                Err(error) => drop(opened.send(Err(error))),
-                Ok(mut store) => {
-                    drop(opened.send(Ok(())));
-                    received.iter().for_each(|task| task(&mut store));
-                }
-            }
+            let mut shop = Shop { folder: own, disk, store: None };
+            drop(opened.send(shop.open()));
+            received.iter().for_each(|task| task(&mut shop));
         };
         let thread = std::thread::Builder::new()
             .name("testudo-store".into())
             .spawn(work)
             .map_err(|error| Error::Machine(format!("cannot start a thread: {error}")))?;
-        is_open.recv().map_err(|_| gone())??;
-        Ok(Self { tasks: Some(tasks), thread: Some(thread) })
+        let opened = is_open.recv().map_err(|_| gone())?;
+        Ok((Self { folder, tasks: Some(tasks), thread: Some(thread) }, opened))
+    }
+
+    /// The folder.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Works on the store and waits for the result.
@@ -88,15 +149,25 @@ impl StoreThread {
         task: impl FnOnce(&mut Store) -> R + Send + 'static,
     ) -> Result<R, Error> {
         let (send, result) = bounded(1);
-        self.post(move |store| drop(send.send(task(store))));
-        result.recv().map_err(|_| gone())
+        self.post(move |store| drop(send.send(store.map(task))));
+        let closed = || Error::Checkpoint(format!("{} is not open", self.folder.display()));
+        result.recv().map_err(|_| gone())?.ok_or_else(closed)
     }
 
-    /// Has something done, later.
-    fn post(&self, task: impl FnOnce(&mut Store) + Send + 'static) {
+    /// Has something done, later; with `None` if the folder is not open then.
+    fn post(&self, task: impl FnOnce(Option<&mut Store>) + Send + 'static) {
+        self.send(Box::new(move |shop| task(shop.store.as_mut())));
+    }
+
+    /// Has the folder looked after, later.
+    pub(crate) fn mend(&self, answer: impl FnOnce(Result<Mended, String>) + Send + 'static) {
+        self.send(Box::new(move |shop| answer(shop.mend())));
+    }
+
+    fn send(&self, task: Task) {
         if let Some(tasks) = &self.tasks {
             // A thread that is gone is noticed by who waits for an answer.
-            let _ = tasks.send(Box::new(task));
+            let _ = tasks.send(task);
         }
     }
 }
@@ -130,7 +201,11 @@ type Sealed = (u64, Result<(), String>);
 pub(crate) struct Checkpointer {
     coordinator: Coordinator,
     timer: Timer,
-    store: StoreThread,
+    folders: Folders,
+    /// Why the folder is to blame for the open checkpoint's failure, if it is.
+    trouble: Option<String>,
+    /// When this run began: of two checkpoints, that of the later run counts.
+    run: u64,
     job: String,
     job_id: u64,
     sealed: (Sender<Sealed>, Receiver<Sealed>),
@@ -147,6 +222,8 @@ pub(crate) struct Checkpointer {
     is_last: bool,
     pausing: Option<Pausing>,
     is_draining: bool,
+    /// None is to begin until further notice.
+    is_held: bool,
     /// When the last checkpoint was begun for the first time, and whether it is complete.
     last_ms: Option<u64>,
     has_said: bool,
@@ -173,14 +250,15 @@ impl Checkpointer {
     pub(crate) fn new(
         plan: &Plan,
         settings: &Settings,
-        store: StoreThread,
+        folders: Folders,
         resumed: Option<&Resumed>,
         job_id: u64,
         events: &Arc<Events>,
     ) -> Result<Self, Error> {
-        let failed = |error: StoreError| Error::Checkpoint(error.to_string());
-        let (next_id, next_epoch) =
-            store.ask(|store| Ok((store.next_id()?, store.next_epoch()?)))?.map_err(failed)?;
+        let next = folders.in_each(|store| Ok((store.next_id()?, store.next_epoch()?)))?;
+        let next_id = next.iter().map(|next| next.0).max().unwrap_or(1);
+        let next_epoch = next.iter().map(|next| next.1).max().unwrap_or(1);
+        let before = resumed.map_or(0, |resumed| resumed.run + 1);
         let limits = Limits { deadline: settings.checkpoint_deadline, ..Limits::default() };
         let mut good = vec![None; plan.workers];
         if let Some(resumed) = resumed.filter(|resumed| resumed.restore.same_shape) {
@@ -202,7 +280,9 @@ impl Checkpointer {
         Ok(Self {
             coordinator: Coordinator::resume(plan.regions.clone(), limits, &start),
             timer: Timer::new(schedule, PAUSE, now()),
-            store,
+            folders,
+            trouble: None,
+            run: unix_ms().unsigned_abs().max(before),
             job: settings.name.clone(),
             job_id,
             sealed: unbounded(),
@@ -218,6 +298,7 @@ impl Checkpointer {
             is_last: false,
             pausing: None,
             is_draining: false,
+            is_held: false,
             last_ms: None,
             has_said: false,
             said: Vec::new(),
@@ -250,6 +331,33 @@ impl Checkpointer {
         self.coordinator.history()
     }
 
+    /// The folder that checkpoints go to.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folders.current().folder()
+    }
+
+    /// The job runs: where to say how folders are.
+    pub(crate) fn attend(&mut self, externals: Externals) {
+        let events = Arc::clone(&self.events);
+        self.folders.attend(externals, &events);
+    }
+
+    /// All of it in numbers.
+    pub(crate) fn figures(&self) -> CheckpointFigures {
+        let history = self.history();
+        let complete = history.records().rev().find(|record| record.state == State::Complete);
+        CheckpointFigures {
+            completed: history.completed(),
+            failed: history.failed(),
+            last_id: complete.map(|record| record.id),
+            last_duration_us: complete.map_or(0, |record| record.duration_us),
+            last_bytes: complete.map_or(0, |record| record.measure.bytes_incremental),
+            last_in_flight_bytes: complete.map_or(0, |record| record.measure.in_flight_bytes),
+            failures_by_region: self.coordinator.failed_cuts(),
+            folder: self.folder().display().to_string(),
+        }
+    }
+
     /// Takes a turn: hears workers, the clock and the store, and does what follows.
     pub(crate) fn look(&mut self, plan: &Plan, scene: &Scene, crew: &mut Crew<'_>) {
         let now = now();
@@ -260,20 +368,106 @@ impl Checkpointer {
         for worker in 0..plan.workers {
             self.hear(worker, now, scene, crew, &mut actions);
         }
-        while let Ok((id, result)) = self.sealed.1.try_recv() {
-            actions.extend(self.coordinator.sealed(now, id, result));
-        }
+        self.hear_store(now, &mut actions);
         actions.extend(self.coordinator.tick(now));
+        self.carry_out(actions, plan, scene);
+        if let Some(moved) = self.folders.turn(now.monotonic_ns, self.coordinator.open().is_none())
+        {
+            self.move_to(moved);
+        }
+        let mut actions = Vec::new();
         if self.may_begin() && self.timer.is_due(now) {
             self.begin(now, Kind::Regional, &mut actions);
         }
         self.carry_out(actions, plan, scene);
     }
 
+    fn hear_store(&mut self, now: Now, actions: &mut Vec<Action>) {
+        while let Ok((id, result)) = self.sealed.1.try_recv() {
+            if let Err(why) = &result {
+                self.trouble = Some(why.clone());
+            }
+            actions.extend(self.coordinator.sealed(now, id, result));
+        }
+    }
+
+    /// A region is to go back: the newest whole checkpoint without the files that turned out to be
+    /// damaged. Comes after what is being sealed now.
+    pub(crate) fn choose(
+        &mut self,
+        region: usize,
+        damaged: &[String],
+        plan: &Plan,
+        scene: &Scene,
+    ) -> Asked {
+        let actions = self.coordinator.rewind(now(), region);
+        self.carry_out(actions, plan, scene);
+        let asked = self.folders.usable().map(|(folder, store)| {
+            let ((send, answer), damaged) = (bounded(1), damaged.to_vec());
+            let events = Arc::clone(&self.events);
+            store.post(move |store| {
+                let _ = send.send(newest_but(store, folder, &damaged));
+                events.bump();
+            });
+            answer
+        });
+        Asked::new(asked.collect())
+    }
+
+    /// The control header's word for a folder in which something of this job is: what is saved
+    /// from here on adds to that, if checkpoints go there now.
+    pub(crate) fn word_of(&self, folder: usize) -> u64 {
+        let word = self.folders.word();
+        if word & 1 == folder as u64 { word } else { folder as u64 }
+    }
+
+    /// A region, none of whose workers lives, goes on from what it had then, or from its beginning.
+    pub(crate) fn rewound(
+        &mut self,
+        plan: &Plan,
+        scene: &Scene,
+        region: usize,
+        restore: Option<&Restore>,
+    ) {
+        let mut actions = Vec::new();
+        self.hear_store(now(), &mut actions);
+        self.carry_out(actions, plan, scene);
+        let mut good = None;
+        for &worker in plan.regions.tasks(region) {
+            let own = restore.filter(|restore| restore.same_shape);
+            let mut own = own.into_iter().flat_map(|restore| &restore.files);
+            self.acked[worker] = None;
+            self.good[worker] = own.find(|(of, _)| *of == worker).map(|(_, file)| {
+                let epoch = RegionName::parse(&file.name).map_or(0, |name| name.epoch);
+                good = Some(epoch);
+                Snapshot { epoch, file: file.clone() }
+            });
+        }
+        self.coordinator.rewound(region, good);
+        self.resumed.extend(restore.iter().flat_map(|r| r.files.iter().map(|(_, f)| f.clone())));
+    }
+
+    /// Whether a checkpoint is being taken.
+    pub(crate) fn is_open(&self) -> bool {
+        self.coordinator.open().is_some()
+    }
+
     /// Whether a checkpoint that is due could begin now.
     fn may_begin(&self) -> bool {
-        let is_over = self.is_last || self.is_draining;
-        !is_over && self.coordinator.open().is_none() && self.coordinator.all_running()
+        let is_over = self.is_last || self.is_draining || self.is_held;
+        let is_possible = self.folders.may_begin(now_ns());
+        is_possible
+            && !is_over
+            && self.coordinator.open().is_none()
+            && self.coordinator.all_running()
+    }
+
+    /// Checkpoints go to another folder: there is nothing there to carry over.
+    fn move_to(&mut self, moved: Moved) {
+        let before = |next: u64| next.saturating_sub(1);
+        self.coordinator.move_on(before(moved.next_id), before(moved.next_epoch));
+        let workers = self.good.len();
+        (self.good, self.acked) = (vec![None; workers], vec![None; workers]);
     }
 
     fn begin(&mut self, now: Now, kind: Kind, actions: &mut Vec<Action>) {
@@ -305,7 +499,11 @@ impl Checkpointer {
         let joined = words.joined.load(Ordering::Acquire);
         if joined > self.skipped[worker] {
             self.skipped[worker] = joined;
-            let why = Err("it was not ready for another cut".to_owned());
+            let why =
+                Err(match scene.workers[worker].times.waiting_since_ns.load(Ordering::Acquire) {
+                    0 => "it was not ready for another cut".to_owned(),
+                    _ => "it waits for an output that cannot be written".to_owned(),
+                });
             actions.extend(self.coordinator.acknowledged(now, worker, joined, incarnation, why));
         }
         let epoch = words.epoch.load(Ordering::Acquire);
@@ -330,7 +528,11 @@ impl Checkpointer {
         let get = |word: &testudo_shm::primitive::AtomicU64| word.load(Ordering::Relaxed);
         let failure = get(&words.failure);
         if failure != 0 {
-            return Err(explain(failure, get(&words.errno)));
+            let why = explain(failure, get(&words.errno));
+            if failure == CutFailure::Disk as u64 {
+                self.trouble = Some(why.clone());
+            }
+            return Err(why);
         }
         let name = RegionName { worker: worker as u32, epoch, incarnation };
         let file = FileRef {
@@ -356,6 +558,7 @@ impl Checkpointer {
             match action {
                 Action::BeginCut { region, epoch } => {
                     let words = &scene.control_header.regions[region];
+                    scene.control_header.folder.store(self.folders.word(), Ordering::Release);
                     words.epoch.store(epoch, Ordering::Release);
                     wake = true;
                 }
@@ -367,12 +570,17 @@ impl Checkpointer {
                 Action::Seal { id, kind, parts } => self.seal(id, kind, &parts, plan),
                 Action::Complete { parts, .. } => {
                     self.timer.ended(now());
+                    self.trouble = None;
+                    self.folders.completed();
                     self.complete(&parts, plan, scene);
                     self.has_said = self.is_last;
                 }
                 Action::Fail { id, why } => {
                     self.timer.ended(now());
                     self.say(id, why);
+                    if let Some(why) = self.trouble.take() {
+                        self.folders.failed(now_ns(), &why);
+                    }
                 }
             }
         }
@@ -401,11 +609,16 @@ impl Checkpointer {
     fn seal(&mut self, id: u64, kind: Kind, parts: &[Part], plan: &Plan) {
         let manifest = self.manifest(id, kind, parts, plan);
         let (send, events) = (self.sealed.0.clone(), Arc::clone(&self.events));
-        self.store.post(move |store| {
+        self.folders.current().post(move |store| {
             point(Point::BeforeSeal);
-            let result = store.commit_with(&manifest, || point(Point::ManifestWritten));
+            let result = match store {
+                Some(store) => {
+                    let done = store.commit_with(&manifest, || point(Point::ManifestWritten));
+                    done.map(|_| ()).map_err(|error| error.to_string())
+                }
+                None => Err("the checkpoint folder is not open".into()),
+            };
             point(Point::RootWritten);
-            let result = result.map(|_| ()).map_err(|error| error.to_string());
             let _ = send.send((id, result));
             events.bump();
         });
@@ -455,7 +668,7 @@ impl Checkpointer {
             operators: operators.collect(),
             regions: regions.collect(),
             previous: None,
-            figures: BTreeMap::new(),
+            figures: BTreeMap::from([(RUN.to_owned(), self.run)]),
         }
     }
 
@@ -478,10 +691,10 @@ impl Checkpointer {
         let known = self.good.iter().chain(&self.acked).flatten();
         let mut held: Vec<FileRef> = known.map(|snapshot| snapshot.file.clone()).collect();
         held.extend(self.resumed.iter().cloned());
-        self.store.post(move |store| {
+        self.folders.current().post(move |store| {
             point(Point::BeforeRetire);
             // What stays is removed another time: nothing depends on it.
-            let _ = store.retire(&Keep { running_epoch, held: &held });
+            let _ = store.map(|store| store.retire(&Keep { running_epoch, held: &held }));
         });
     }
 
@@ -515,8 +728,8 @@ impl Checkpointer {
         let patience = u64::try_from(LAST_PATIENCE.as_millis()).unwrap_or(0);
         let since = *self.last_ms.get_or_insert(self.begun_ms);
         let waited = u64::try_from(now.unix_ms).unwrap_or(0).saturating_sub(since);
-        if waited <= patience && self.coordinator.open().is_none() && self.coordinator.all_running()
-        {
+        let may_begin = self.coordinator.open().is_none() && self.coordinator.all_running();
+        if waited <= patience && may_begin && self.folders.may_begin(now.monotonic_ns) {
             // The last one failed: a worker has died in it, say. Its successor is done as well.
             let mut actions = Vec::new();
             self.begin(now, Kind::Global, &mut actions);
@@ -534,11 +747,36 @@ impl Checkpointer {
         let deadline = self.coordinator.deadline_ns();
         let deadline = deadline.map(|at| Duration::from_nanos(at.saturating_sub(now.monotonic_ns)));
         let still = self.pausing.as_ref().map(|_| Duration::from_millis(5));
+        let folder = self.folders.due_ns();
+        let folder = folder.map(|at| Duration::from_nanos(at.saturating_sub(now.monotonic_ns)));
+        let due = due.into_iter().chain(folder).min();
         due.into_iter().chain(deadline).chain(still).min()
+    }
+
+    /// Says whether no checkpoint may begin: values are being migrated.
+    pub(crate) fn hold(&mut self, is_held: bool) {
+        self.is_held = is_held;
+    }
+
+    /// Why a checkpoint that was asked for cannot begin now.
+    pub(crate) fn held(&self) -> Option<&'static str> {
+        let why = "the job is given a program that migrates values; ask again when that is done";
+        self.is_held.then_some(why)
+    }
+
+    /// Begins the last one before all others are held; its number.
+    pub(crate) fn take_held(&mut self, plan: &Plan, scene: &Scene) -> Result<u64, String> {
+        self.is_held = false;
+        let taken = self.take(Kind::Global, plan, scene);
+        self.is_held = true;
+        taken
     }
 
     /// Begins a checkpoint that was asked for; its number.
     pub(crate) fn take(&mut self, kind: Kind, plan: &Plan, scene: &Scene) -> Result<u64, String> {
+        if let Some(why) = self.held() {
+            return Err(why.into());
+        }
         if self.is_last || self.is_draining {
             return Err("the job is coming to its end".into());
         }
@@ -595,6 +833,29 @@ impl Checkpointer {
     pub(crate) fn set_schedule(&mut self, schedule: Schedule) {
         self.timer.set(schedule, now());
     }
+}
+
+/// The newest whole checkpoint in a folder that has none of these files.
+fn newest_but(
+    store: Option<&mut Store>,
+    folder: usize,
+    damaged: &[String],
+) -> Result<Option<Chosen>, Error> {
+    let Some(store) = store else {
+        return Err(Error::Checkpoint("a checkpoint folder is not open".into()));
+    };
+    let has_damaged = |manifest: &Manifest| {
+        let mut files = manifest.regions.iter().flat_map(|region| &region.workers);
+        files.any(|file| damaged.contains(&file.file.name))
+    };
+    let Some(chosen) = resume::open_newest(store, |manifest| !has_damaged(manifest))? else {
+        return Ok(None);
+    };
+    if let Some(past) = &chosen.past {
+        // Before any output is taken back: a crash must not find the newer one again.
+        store.adopt(past).map_err(|error| Error::Checkpoint(error.to_string()))?;
+    }
+    Ok(Some(Chosen { folder, ..chosen }))
 }
 
 fn now() -> Now {

@@ -1,31 +1,46 @@
 //! The console: moves lines from standard input into rings and from rings to standard output.
 //!
-//! This is the small process without user code of R13: what was read from standard input lies in a
-//! ring of the control segment, so no crash of a worker loses it. (Only the death of the supervisor
-//! itself would.) A blocking read cannot be interrupted, so a thread of its own reads and hands
-//! lines over through an in-process ring.
+//! This is the small process without user code of R13: no crash of a worker loses a line, since
+//! rings lie in segments; and none of the supervisor, since everything between a stream and a ring
+//! lies in pipes that the keeper has as well (`gate`). A blocking read cannot be interrupted, so a
+//! thread of its own moves input into the outermost pipe.
+//!
+//! What happens when standard output fails, or takes nothing, is `printing`'s.
 //!
 //! Called by `launch`; runs as one thread while the job does, and only if the job has such edges.
 
+mod gate;
+
+mod settle;
+
+pub(super) use gate::Gate;
+pub(crate) use gate::{Ends, Words};
+
+use gate::{OUT_BYTES, splice, wait_for_input};
+
+use super::board::Externals;
 use super::launch::Scene;
+use super::printing::Printing;
 use super::watch::Events;
 use crate::config::Settings;
 use crate::error::Error;
+use crate::keeper::Line;
+use crate::plan::layout::RingPlan;
 use crate::plan::{EdgeKind, Plan};
+use crate::testing::{Point, arm_supervisor, point};
 use crate::time::now_ns;
-use std::io::{BufRead, Write};
-use std::sync::Arc;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use testudo_shm::consumer::{Consumer, Frame};
 use testudo_shm::frame::Mark;
-use testudo_shm::header::ControlHeader;
+use testudo_shm::header::{ControlHeader, WorkerHeader, WorkerState, control};
 use testudo_shm::primitive::{AtomicU32, Ordering};
 use testudo_shm::producer::Producer;
 use testudo_shm::record::{Batch, Record};
 use testudo_shm::wait::{self, WaitWord};
-
-/// Lines that the reading thread may be ahead.
-const AHEAD: usize = 1024;
 
 /// Shared with the supervisor's loop.
 #[derive(Debug, Default)]
@@ -36,6 +51,16 @@ struct Status {
     failed: AtomicU32,
     /// Bumped by the reading thread.
     lines: AtomicU32,
+    /// Standard input has ended.
+    has_ended: AtomicU32,
+    /// Why it cannot be read.
+    error: std::sync::OnceLock<String>,
+    /// Not zero: the console is to stand still.
+    hold: AtomicU32,
+    /// It does: all that was in its rings is printed.
+    held: AtomicU32,
+    /// Ends of rings that begin anew, by their place among the outputs.
+    renewed: Mutex<Vec<(usize, Consumer)>>,
 }
 
 /// The console's thread, if the job needs one.
@@ -46,27 +71,63 @@ pub(crate) struct Console {
 
 struct Pump {
     status: Arc<Status>,
-    outputs: Vec<(Consumer, bool)>,
+    /// Each with the worker that prints there, and whether that has printed its last.
+    outputs: Vec<(Consumer, usize, bool)>,
     inputs: Vec<Producer>,
-    lines: Option<rtrb::Consumer<Line>>,
-    pending: Option<String>,
+    gate: Gate,
+    words: &'static Words,
+    /// What is in the gate's inner pipe, as far as it was looked at.
+    bytes: Vec<u8>,
+    /// The beginning of a line that is larger than the pipe.
+    long: Vec<u8>,
+    has_input: bool,
     input_is_over: bool,
-    ended: usize,
     limit: u64,
     rate: Option<u64>,
     next_ns: u64,
-    bells: Vec<(&'static AtomicU32, &'static AtomicU32)>,
+    workers: Vec<&'static WorkerHeader>,
     own: &'static ControlHeader,
+    /// Taken out while it runs.
+    printing: Option<Printing>,
+    /// Told when the job's only output is gone.
+    is_only_output: bool,
+    wakes: Option<Arc<Events>>,
     /// Eventfds of the workers, and one's own last, where words cannot be waited on.
     events: Option<Vec<i32>>,
 }
 
-/// What the reading thread found.
-enum Line {
-    Text(String),
-    End,
-    Failed(String),
+/// What a console is made of that outlives a supervisor.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    gate: Gate,
+    words: &'static Words,
 }
+
+impl Kept {
+    /// For a job that begins; `None` where it reads and prints nothing.
+    pub(crate) fn new(
+        plan: &Plan,
+        line: Option<&Line>,
+        words: &'static Words,
+    ) -> Result<Option<Self>, Error> {
+        let is_needed =
+            plan.edges.iter().any(|e| matches!(e.kind, EdgeKind::Stdin | EdgeKind::Stdout));
+        is_needed.then(|| Ok(Self { gate: Gate::new(line)?, words })).transpose()
+    }
+
+    /// For a job that runs.
+    pub(crate) fn adopt(ends: &Ends, words: &'static Words) -> Result<Self, Error> {
+        Ok(Self { gate: Gate::adopt(ends)?, words })
+    }
+
+    /// Its descriptors, for the keeper.
+    pub(crate) fn ends(&self) -> Ends {
+        self.gate.ends()
+    }
+}
+
+/// Time for what workers printed to be written, when the job goes back.
+const SETTLING: Duration = Duration::from_secs(5);
 
 impl Console {
     pub(crate) fn start(
@@ -74,20 +135,21 @@ impl Console {
         settings: &Settings,
         scene: &Scene,
         events: &Arc<Events>,
+        kept: Option<Kept>,
+        externals: &Externals,
     ) -> Result<Self, Error> {
+        let Some(kept) = kept else { return Ok(Self::none()) };
         let status = Arc::<Status>::default();
-        let supervisor = plan.supervisor();
-        let has = |kind| plan.edges.iter().any(|edge| edge.kind == kind);
-        if !has(EdgeKind::Stdin) && !has(EdgeKind::Stdout) {
-            status.drained.store(1, Ordering::Release);
-            return Ok(Self { status, thread: None });
-        }
-        let mut pump = Pump::new(plan, settings, scene, &status, supervisor);
-        if has(EdgeKind::Stdin) {
-            pump.lines = Some(read_lines(&status)?);
+        let mut pump = Pump::new(plan, settings, scene, &status, kept);
+        pump.printing = Some(Printing::new(externals.clone()));
+        pump.wakes = Some(Arc::clone(events));
+        if pump.has_input && !pump.input_is_over {
+            let failed = |error| Error::Machine(format!("standard input: {error}"));
+            move_in(&status, pump.gate.entrance().map_err(failed)?)?;
         }
         let bell = Arc::clone(events);
         let run = move || {
+            arm_supervisor();
             let result = pump.run();
             if result.is_err() {
                 pump.status.failed.store(1, Ordering::Release);
@@ -102,6 +164,13 @@ impl Console {
         Ok(Self { status, thread: Some(thread) })
     }
 
+    /// No console: the job has none, or is over.
+    pub(crate) fn none() -> Self {
+        let status = Arc::<Status>::default();
+        status.drained.store(1, Ordering::Release);
+        Self { status, thread: None }
+    }
+
     /// Takes no more input.
     pub(crate) fn drain(&self) {
         self.status.drain.store(1, Ordering::Release);
@@ -112,6 +181,36 @@ impl Console {
     /// True when all input is in rings and all output is written.
     pub(crate) fn is_drained(&self) -> bool {
         self.status.drained.load(Ordering::Acquire) != 0
+    }
+
+    /// Has the console print what is in its rings, and then stand still; true once it does. To be
+    /// asked again until then.
+    pub(crate) fn hold(&self) -> bool {
+        if self.thread.is_none() {
+            return true;
+        }
+        if self.status.hold.swap(1, Ordering::AcqRel) == 0 {
+            self.status.lines.fetch_add(1, Ordering::Release);
+            wait::wake_all(&self.status.lines);
+        }
+        self.status.held.load(Ordering::Acquire) != 0 || self.is_drained()
+    }
+
+    /// Lets the console go on, with new ends of some rings, by their place among its outputs.
+    pub(crate) fn let_go(&self, renewed: Vec<(usize, Consumer)>) {
+        let mut place = self.status.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        place.extend(renewed);
+        drop(place);
+        self.status.held.store(0, Ordering::Release);
+        self.status.hold.store(0, Ordering::Release);
+    }
+
+    /// Waits for what is in its rings to be printed, not for ever: nobody writes there any more.
+    pub(crate) fn settle(&self) {
+        let until = std::time::Instant::now() + SETTLING;
+        while !self.hold() && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Fails once the console has failed; `join` says why.
@@ -153,33 +252,25 @@ impl Console {
 
 /// Starts the thread that blocks on standard input. It is never joined: nothing can interrupt its
 /// read.
-fn read_lines(status: &Arc<Status>) -> Result<rtrb::Consumer<Line>, Error> {
-    let (mut send, receive) = rtrb::RingBuffer::new(AHEAD);
+fn move_in(status: &Arc<Status>, mut entrance: File) -> Result<(), Error> {
     let status = Arc::clone(status);
     let run = move || {
-        let mut input = std::io::stdin().lock();
         loop {
-            let mut bytes = Vec::new();
-            let line = match input.read_until(b'\n', &mut bytes) {
-                Ok(0) => Line::End,
-                Ok(_) => {
-                    let end = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-                    let end = end.strip_suffix(b"\r").unwrap_or(end);
-                    Line::Text(String::from_utf8_lossy(end).into_owned())
-                }
-                Err(error) => Line::Failed(error.to_string()),
+            let moved = match splice(0, entrance.as_raw_fd(), CHUNK, true) {
+                Ok(Some(moved)) => Ok(moved),
+                Ok(None) => copy_in(&mut entrance),
+                Err(error) => Err(error),
             };
-            let is_last = !matches!(line, Line::Text(_));
-            let mut line = Some(line);
-            while let Some(unsent) = line.take() {
-                if let Err(rtrb::PushError::Full(back)) = send.push(unsent) {
-                    if send.is_abandoned() {
-                        return;
-                    }
-                    line = Some(back);
-                    std::thread::sleep(Duration::from_micros(200));
-                }
+            if moved.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock) {
+                wait_for_input();
+                continue;
             }
+            let is_last = !matches!(moved, Ok(1..));
+            if let Err(error) = moved {
+                // The first error stays.
+                let _ = status.error.set(error.to_string());
+            }
+            status.has_ended.fetch_or(u32::from(is_last), Ordering::Release);
             status.lines.fetch_add(1, Ordering::Release);
             wait::wake_all(&status.lines);
             if is_last {
@@ -189,7 +280,18 @@ fn read_lines(status: &Arc<Status>) -> Result<rtrb::Consumer<Line>, Error> {
     };
     let thread = std::thread::Builder::new().name("testudo-stdin".into()).spawn(run);
     thread.map_err(|error| Error::Machine(format!("cannot start a thread: {error}")))?;
-    Ok(receive)
+    Ok(())
+}
+
+/// Bytes that are moved in at once.
+const CHUNK: usize = 64 << 10;
+
+/// Reads and writes what cannot be moved.
+fn copy_in(entrance: &mut File) -> std::io::Result<usize> {
+    let mut bytes = vec![0; CHUNK];
+    let got = std::io::stdin().lock().read(&mut bytes)?;
+    entrance.write_all(&bytes[..got])?;
+    Ok(got)
 }
 
 impl Pump {
@@ -198,48 +300,122 @@ impl Pump {
         settings: &Settings,
         scene: &Scene,
         status: &Arc<Status>,
-        supervisor: usize,
+        kept: Kept,
     ) -> Self {
-        let (inputs, outputs) = super::launch::console_ends(plan, scene, supervisor);
+        let Kept { mut gate, words } = kept;
+        let supervisor = plan.supervisor();
+        let rings = |is_own: &dyn Fn(&RingPlan) -> bool| {
+            let own = plan.layout.rings.iter().filter(|ring| is_own(ring));
+            own.map(|ring| (scene.ring_parts(plan, ring), ring.from)).collect::<Vec<_>>()
+        };
+        let inputs = rings(&|ring| ring.from == supervisor);
+        let outputs = rings(&|ring| ring.to == supervisor);
+        settle::input(&mut gate, words, &inputs);
+        settle::output(&mut gate, words, &outputs);
+        let (inputs, outputs) = super::launch::console_ends(&inputs, &outputs);
         Self {
             status: Arc::clone(status),
-            outputs: outputs.into_iter().map(|end| (end, false)).collect(),
+            outputs: outputs.into_iter().map(|(end, worker)| (end, worker, false)).collect(),
+            has_input: !inputs.is_empty(),
             inputs,
-            lines: None,
-            pending: None,
-            input_is_over: false,
-            ended: 0,
+            gate,
+            words,
+            bytes: Vec::new(),
+            long: Vec::new(),
+            input_is_over: Words::get(&words.is_over) != 0,
             limit: settings.limit.unwrap_or(u64::MAX),
             rate: settings.rate,
             next_ns: 0,
-            bells: scene.workers.iter().map(|header| (&header.bell, &header.sleeping)).collect(),
+            workers: scene.workers.clone(),
             own: scene.control_header,
+            printing: None,
+            is_only_output: is_only_output(plan),
+            wakes: None,
             events: scene.description.events.clone(),
         }
     }
 
     fn run(&mut self) -> Result<(), Error> {
-        let mut out = std::io::BufWriter::with_capacity(64 << 10, std::io::stdout().lock());
+        let Some(mut out) = self.printing.take() else { return Ok(()) };
+        let result = self.pump(&mut out);
+        if out.lost() > 0 {
+            crate::say!("testudo: {} lines for standard output had no reader", out.lost());
+        }
+        result
+    }
+
+    fn pump(&mut self, out: &mut Printing) -> Result<(), Error> {
         loop {
             if self.status.kill.load(Ordering::Acquire) != 0 {
                 return Ok(());
             }
+            if self.status.hold.load(Ordering::Acquire) != 0 {
+                self.stand_still(out)?;
+                continue;
+            }
             let seen = self.status.lines.load(Ordering::Acquire);
-            let values: Vec<u32> =
-                self.bells.iter().map(|(bell, _)| bell.load(Ordering::Acquire)).collect();
+            let bells = self.workers.iter().map(|worker| worker.bell.load(Ordering::Acquire));
+            let values: Vec<u32> = bells.collect();
             wait::announce(&self.own.sleeping);
-            let moved = self.move_input()? | self.move_output(&mut out)?;
+            let moved = self.move_input()? | self.move_output(out)?;
+            if out.is_closed() {
+                self.note_closed();
+            }
             if moved {
                 wait::awake(&self.own.sleeping);
                 self.wake_workers();
                 continue;
             }
-            out.flush().map_err(|error| broken(&error))?;
-            if self.ended == self.inputs.len() && self.outputs.iter().all(|(_, ended)| *ended) {
+            let is_out = out.flush(&mut self.gate)?;
+            let has_ended = Words::get(&self.words.ended) as usize == self.inputs.len();
+            if is_out && has_ended && self.outputs.iter().all(|(_, _, ended)| *ended) {
                 return Ok(());
             }
             self.sleep(seen, &values);
             wait::awake(&self.own.sleeping);
+        }
+    }
+
+    /// While a region goes back: nobody writes to its rings, and what is in them is printed first.
+    fn stand_still(&mut self, out: &mut Printing) -> Result<(), Error> {
+        // What there is no room for is waited for: no line may be lost.
+        while !self.is_all_out(out)? {
+            if self.status.kill.load(Ordering::Acquire) != 0 {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        self.status.held.store(1, Ordering::Release);
+        while self.status.hold.load(Ordering::Acquire) != 0 {
+            if self.status.kill.load(Ordering::Acquire) != 0 {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        let mut renewed = self.status.renewed.lock().unwrap_or_else(PoisonError::into_inner);
+        for (place, mut end) in renewed.drain(..) {
+            end.publish();
+            (self.outputs[place].0, self.outputs[place].2) = (end, false);
+        }
+        Ok(())
+    }
+
+    /// Writes what is in rings; true once nothing is left there, or on the way.
+    fn is_all_out(&mut self, out: &mut Printing) -> Result<bool, Error> {
+        while self.move_output(out)? {}
+        let is_taken = self.outputs.iter().all(|(ring, ..)| !ring.is_unpublished());
+        Ok(out.flush(&mut self.gate)? && is_taken)
+    }
+
+    /// Nobody reads what the job prints: it ends if that is all that it does.
+    #[cold]
+    fn note_closed(&mut self) {
+        let Some(events) = self.wakes.take() else { return };
+        if self.is_only_output {
+            crate::say!("testudo: standard output has no reader any more: the job ends");
+            events.request_stop();
+        } else {
+            crate::say!("testudo: standard output has no reader any more; the job goes on");
         }
     }
 
@@ -253,15 +429,15 @@ impl Pump {
             return;
         }
         let mut words = vec![WaitWord { word: &self.status.lines, value: seen }];
-        for ((bell, _), value) in self.bells.iter().zip(values) {
-            words.push(WaitWord { word: bell, value: *value });
+        for (worker, value) in self.workers.iter().zip(values) {
+            words.push(WaitWord { word: &worker.bell, value: *value });
         }
         wait::wait_any(&words, timeout);
     }
 
     fn wake_workers(&self) {
         wait::publish_fence();
-        if self.bells.iter().any(|(_, sleeping)| wait::must_wake(sleeping)) {
+        if self.workers.iter().any(|worker| wait::must_wake(&worker.sleeping)) {
             match &self.events {
                 None => wait::ring_bell(&self.own.bell),
                 Some(events) => events.iter().for_each(|event| wait::wake_event(*event)),
@@ -271,99 +447,243 @@ impl Pump {
 
     /// Moves lines into the first ring; true when anything moved.
     fn move_input(&mut self) -> Result<bool, Error> {
-        let Some(lines) = &mut self.lines else {
+        if !self.has_input {
             return Ok(false);
-        };
-        let mut moved = false;
-        if self.status.drain.load(Ordering::Acquire) != 0 || self.limit == 0 {
-            self.input_is_over = true;
         }
-        while !self.input_is_over {
-            if self.rate.is_some() && self.next_ns > now_ns() {
-                break;
+        let left = self.limit.saturating_sub(Words::get(&self.words.lines));
+        if self.status.drain.load(Ordering::Acquire) != 0 || left == 0 {
+            self.end_of_input();
+        }
+        let mut moved = false;
+        let is_held = self.own.control.load(Ordering::Acquire) & control::HOLD != 0;
+        if !self.input_is_over && !is_held {
+            // Whether it has ended before what is there: nothing comes after that.
+            let has_ended = self.status.has_ended.load(Ordering::Acquire) != 0;
+            self.gate.look(&mut self.bytes).map_err(|error| unread(&error))?;
+            let is_all = has_ended
+                && self.gate.outer.filled() == 0
+                && self.gate.inner.filled() == self.bytes.len();
+            let (used, lines) = self.push_lines(is_all, left)?;
+            moved = used > 0;
+            if moved {
+                self.cross(used, lines)?;
+            } else if self.rate.is_none_or(|_| self.next_ns <= now_ns()) {
+                moved = self.take_long()?;
             }
-            let line = match self.pending.take() {
-                Some(line) => line,
-                None => match lines.pop() {
-                    Ok(Line::Text(line)) => line,
-                    Ok(Line::End) => {
-                        self.input_is_over = true;
-                        break;
-                    }
-                    Ok(Line::Failed(error)) => {
-                        return Err(Error::job("standard input", error));
-                    }
-                    Err(_) => break,
-                },
+            if is_all && self.bytes.is_empty() && self.long.is_empty() {
+                if let Some(error) = self.status.error.get() {
+                    crate::say!("testudo: standard input: {error}; taken as its end");
+                }
+                self.end_of_input();
+            }
+        }
+        if self.input_is_over {
+            moved |= self.tell_the_end();
+        }
+        Ok(moved)
+    }
+
+    /// Puts whole lines into the ring, as far as there is room; how many bytes and lines they are.
+    /// With `is_all`, what is left without a line's end is a line too.
+    fn push_lines(&mut self, is_all: bool, most: u64) -> Result<(usize, u64), Error> {
+        let (mut used, mut lines) = (0, 0);
+        while lines < most && self.rate.is_none_or(|_| self.next_ns <= now_ns()) {
+            let rest = &self.bytes[used..];
+            let length = match memchr::memchr(b'\n', rest) {
+                Some(end) => end + 1,
+                None if is_all && rest.len() + self.long.len() > 0 => rest.len(),
+                None => break,
             };
-            if !send_line(&mut self.inputs[0], &line)? {
-                self.pending = Some(line);
+            let whole = if self.long.is_empty() {
+                text(&rest[..length])
+            } else {
+                text(&[&self.long[..], &rest[..length]].concat())
+            };
+            if !send_line(&mut self.inputs[0], &whole)? {
                 break;
             }
-            moved = true;
-            self.limit -= 1;
+            self.long.clear();
+            (used, lines) = (used + length, lines + 1);
             if let Some(rate) = self.rate {
                 self.next_ns =
                     self.next_ns.max(now_ns().saturating_sub(10_000_000)) + 1_000_000_000 / rate;
             }
-            self.input_is_over = self.limit == 0;
-        }
-        if self.input_is_over && self.ended < self.inputs.len() {
-            moved |= self.end_input();
-        }
-        for input in &mut self.inputs {
-            input.publish();
-        }
-        Ok(moved)
-    }
-
-    fn end_input(&mut self) -> bool {
-        let mark = Mark { watermark: i64::MAX, sent_ns: 0, routing: 0 };
-        while self.ended < self.inputs.len() {
-            let input = &mut self.inputs[self.ended];
-            if input.room(64) < 64 || !input.mark(mark) || !input.end() {
-                return false;
+            if length == 0 {
+                // The last part of a long line had come before.
+                self.cross(0, lines)?;
+                break;
             }
-            self.ended += 1;
         }
-        true
+        Ok((used, lines))
     }
 
-    /// Writes what workers printed; true when anything moved.
-    fn move_output(&mut self, out: &mut impl Write) -> Result<bool, Error> {
+    /// Hands lines over: the bytes leave the pipe when the ring has them.
+    fn cross(&mut self, used: usize, lines: u64) -> Result<(), Error> {
+        let words = self.words;
+        let then = Words::get(&words.lines) + lines;
+        Words::set(&words.filled, self.gate.inner.filled() as u64);
+        Words::set(&words.tail, self.inputs[0].position());
+        Words::set(&words.lines_then, then);
+        Words::set(&words.taken, used as u64);
+        point(Point::InputNoted);
+        self.inputs[0].publish();
+        point(Point::InputPublished);
+        self.gate.inner.drop_front(used).map_err(|error| unread(&error))?;
+        point(Point::InputTaken);
+        Words::set(&words.lines, then);
+        Words::set(&words.taken, 0);
+        self.bytes.drain(..used);
+        Ok(())
+    }
+
+    /// A line fills the whole pipe: its beginning comes here, so that there is room for its end.
+    /// True when there was one.
+    fn take_long(&mut self) -> Result<bool, Error> {
+        let is_full = self.gate.outer.filled() > 0 && self.gate.inner.filled() == self.bytes.len();
+        if !is_full || self.bytes.is_empty() || memchr::memchr(b'\n', &self.bytes).is_some() {
+            return Ok(false);
+        }
+        self.gate.inner.drop_front(self.bytes.len()).map_err(|error| unread(&error))?;
+        self.long.append(&mut self.bytes);
+        check_length(&self.inputs[0], self.long.len())?;
+        Ok(true)
+    }
+
+    /// No more input is taken, by this supervisor or a later one.
+    fn end_of_input(&mut self) {
+        self.input_is_over = true;
+        Words::set(&self.words.is_over, 1);
+    }
+
+    /// Tells the rings that input has ended, each once; true when one was told.
+    fn tell_the_end(&mut self) -> bool {
+        let mark = Mark { watermark: i64::MAX, sent_ns: 0, routing: 0 };
+        let words = self.words;
         let mut moved = false;
-        for (ring, ended) in &mut self.outputs {
+        while let Some(input) = self.inputs.get_mut(Words::get(&words.ended) as usize) {
+            if input.room(64) < 64 || !input.mark(mark) || !input.end() {
+                return moved;
+            }
+            Words::set(&words.end_tail, input.position());
+            input.publish();
+            Words::set(&words.ended, Words::get(&words.ended) + 1);
+            Words::set(&words.end_tail, 0);
+            moved = true;
+        }
+        moved
+    }
+
+    /// Writes what workers printed; true when anything moved. What is given back to a ring is in
+    /// the gate's pipe, or out, before that.
+    fn move_output(&mut self, out: &mut Printing) -> Result<bool, Error> {
+        if !out.flush(&mut self.gate)? {
+            return Ok(false);
+        }
+        let mut moved = false;
+        let mut bytes = Vec::new();
+        for number in 0..self.outputs.len() {
+            let (ring, worker, ended) = &mut self.outputs[number];
+            // Who has finished has published all before. (An earlier supervisor may have taken the
+            // last frame.)
+            let state = self.workers[*worker].state.load(Ordering::Acquire);
             ring.look();
+            // What was larger than the pipe is out by now.
+            if ring.is_unpublished() {
+                ring.publish();
+                moved = true;
+            }
+            bytes.clear();
+            let mut frames = 0;
             while let Some(frame) = ring.frame() {
                 match frame {
-                    Frame::Data { bytes, count } => {
-                        let lines = Batch::<String>::check(bytes, count, 0)
-                            .map_err(|fault| Error::job("standard output", fault.to_string()))?;
-                        for line in lines {
-                            let text = line.view.as_bytes();
-                            out.write_all(text)
-                                .and_then(|()| out.write_all(b"\n"))
-                                .map_err(|e| broken(&e))?;
-                        }
-                    }
+                    Frame::Data { bytes: data, count } => print_lines(data, count, &mut bytes)?,
                     Frame::Mark(_) => {}
                     Frame::End => *ended = true,
                 }
                 ring.take();
-                moved = true;
+                frames += 1;
+                if bytes.len() >= OUT_BYTES {
+                    break;
+                }
             }
             if let Some(fault) = ring.fault() {
                 return Err(Error::job("standard output", format!("its ring is damaged: {fault}")));
             }
-            if moved {
-                // What is given back must be out of this process first, or a killed supervisor
-                // loses it unseen.
-                out.flush().map_err(|error| broken(&error))?;
-                ring.publish();
+            *ended |= frames == 0 && state == WorkerState::Finished as u32;
+            if frames > 0 {
+                moved = true;
+                self.print(number, &bytes, out).map_err(|error| broken(&error))?;
+                if !out.flush(&mut self.gate)? {
+                    break;
+                }
             }
         }
         Ok(moved)
     }
+
+    /// Prints what was taken from a ring: it leaves the ring when the pipe has it.
+    fn print(&mut self, number: usize, bytes: &[u8], out: &mut Printing) -> std::io::Result<()> {
+        let words = self.words;
+        let ring = &mut self.outputs[number].0;
+        if out.is_closed() {
+            out.lose(bytes);
+            ring.publish();
+            return Ok(());
+        }
+        if bytes.len() > self.gate.out.capacity() {
+            // Published when it is out.
+            out.keep(bytes);
+            return Ok(());
+        }
+        Words::set(&words.ring, number as u64);
+        Words::set(&words.head, ring.position());
+        Words::set(&words.put, bytes.len() as u64);
+        point(Point::OutputNoted);
+        self.gate.out.put(bytes)?;
+        point(Point::OutputPut);
+        ring.publish();
+        point(Point::OutputPublished);
+        Words::set(&words.put, 0);
+        Ok(())
+    }
+}
+
+/// The lines of a frame, each with its end.
+fn print_lines(data: &[u8], count: usize, into: &mut Vec<u8>) -> Result<(), Error> {
+    let lines = Batch::<String>::check(data, count, 0)
+        .map_err(|fault| Error::job("standard output", fault.to_string()))?;
+    for line in lines {
+        into.extend_from_slice(line.view.as_bytes());
+        into.push(b'\n');
+    }
+    Ok(())
+}
+
+/// A line without its end.
+fn text(bytes: &[u8]) -> String {
+    let end = bytes.strip_suffix(b"\n").unwrap_or(bytes);
+    let end = end.strip_suffix(b"\r").unwrap_or(end);
+    String::from_utf8_lossy(end).into_owned()
+}
+
+fn check_length(ring: &Producer, bytes: usize) -> Result<(), Error> {
+    if bytes as u64 + 256 <= ring.capacity() {
+        return Ok(());
+    }
+    Err(Error::job(
+        "standard input",
+        format!(
+            "a line of {bytes} bytes does not fit into a ring of {}; raise --ring-bytes",
+            ring.capacity()
+        ),
+    ))
+}
+
+/// Whether a job does nothing but print.
+fn is_only_output(plan: &Plan) -> bool {
+    let prints = plan.edges.iter().filter(|edge| edge.kind == EdgeKind::Stdout).count();
+    let sinks = plan.operators.iter().filter(|o| o.kind == "sink" && o.name != "rejects").count();
+    sinks <= prints
 }
 
 fn send_line(ring: &mut Producer, line: &str) -> Result<bool, Error> {
@@ -371,15 +691,7 @@ fn send_line(ring: &mut Producer, line: &str) -> Result<bool, Error> {
     let mut scratch = testudo_shm::record::Scratch::default();
     let item = line.item(&mut scratch);
     let bytes = String::item_len(item);
-    if bytes as u64 + 256 > ring.capacity() {
-        return Err(Error::job(
-            "standard input",
-            format!(
-                "a line of {bytes} bytes does not fit into a ring of {}; raise --ring-bytes",
-                ring.capacity()
-            ),
-        ));
-    }
+    check_length(ring, bytes)?;
     let Some(mut frame) = ring.reserve(bytes) else {
         return Ok(false);
     };
@@ -392,4 +704,8 @@ fn send_line(ring: &mut Producer, line: &str) -> Result<bool, Error> {
 
 fn broken(error: &std::io::Error) -> Error {
     Error::job("standard output", format!("cannot write: {error}"))
+}
+
+fn unread(error: &std::io::Error) -> Error {
+    Error::job("standard input", format!("cannot read: {error}"))
 }

@@ -1,6 +1,6 @@
 //! Outputs: one job per file or folder. Claimed with a lock that the workers inherit, so that it is
 //! held until the last process that could write is gone; then emptied, or brought to where the
-//! checkpoint knows them.
+//! checkpoint knows them. A job that is refused leaves no output behind that was not there before.
 //!
 //! Called by `launch` before any worker starts, and when the job has ended well.
 
@@ -8,12 +8,13 @@
 
 use super::resume::Resumed;
 use crate::error::Error;
+use crate::keeper::{self, Line, place};
 use crate::plan::{Output, Plan};
 use crate::sink::{SinkHooks, parts};
 use crate::source::Subtask;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -27,29 +28,77 @@ const PATIENCE_LIVING: Duration = Duration::from_millis(500);
 /// The claimed outputs of a job; given up when dropped and all workers are gone.
 #[derive(Debug)]
 pub(crate) struct Outputs {
-    _locks: Vec<File>,
+    made: Made,
+    locks: Vec<File>,
     /// For each output of the plan, whether it is a regular file.
     is_regular: Vec<bool>,
     /// Folders get their parts from the cuts of the job.
     by_cuts: bool,
 }
 
+/// Files and folders that claiming has made: removed again, while they are empty, unless the job
+/// begins. What is removed is locked by us.
+#[derive(Debug, Default)]
+struct Made(Vec<PathBuf>);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in self.0.drain(..).rev() {
+            let meta = std::fs::symlink_metadata(&path);
+            // What cannot be removed, or has something in it, stays.
+            let _ = match meta {
+                Ok(meta) if meta.is_dir() => std::fs::remove_dir(&path),
+                Ok(meta) if meta.is_file() && meta.len() == 0 => std::fs::remove_file(&path),
+                _ => Ok(()),
+            };
+        }
+    }
+}
+
 impl Outputs {
+    /// The job begins: what was made for it stays.
+    pub(crate) fn keep(&mut self) {
+        self.made.0.clear();
+    }
+
+    /// Whether everything is there that the sinks had written at the checkpoint.
+    pub(crate) fn check(plan: &Plan, sinks: &[SinkHooks], resumed: &Resumed) -> Result<(), Error> {
+        for sink in sinks {
+            let count = resumed.restore.subtasks(sink.stage).unwrap_or(0);
+            for index in 0..count {
+                let Some((position, _)) = resumed.sink_position(plan, sink, index) else {
+                    continue;
+                };
+                (sink.check)(Subtask { index, count }, position).map_err(|message| {
+                    Error::Checkpoint(format!(
+                        "checkpoint {} cannot be gone on from: sink {}: {message}; put it back, or \
+                         begin afresh without --resume",
+                        resumed.restore.id, plan.operators[sink.operator].name
+                    ))
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Claims all outputs of a plan. A job that is refused has touched none of them.
     pub(crate) fn claim(plan: &Plan, by_cuts: bool) -> Result<Self, Error> {
         let mut locks = Vec::new();
+        let mut made = Made::default();
         let mut claimed: Vec<Claimed<'_>> = Vec::new();
         for (output, operator) in &plan.outputs {
             let lock_path = match &output.parts {
                 None => output.path.clone(),
                 Some(_) => {
+                    let is_new = !output.path.exists();
                     std::fs::create_dir_all(&output.path).map_err(|e| refuse(&output.path, &e))?;
+                    if is_new {
+                        made.0.push(output.path.clone());
+                    }
                     output.path.join(".testudo-lock")
                 }
             };
-            let mut options = OpenOptions::new();
-            let file = options.write(true).create(true).truncate(false).open(&lock_path);
-            let file = file.map_err(|error| refuse(&lock_path, &error))?;
+            let (file, is_new) = open(&lock_path).map_err(|error| refuse(&lock_path, &error))?;
             let meta = file.metadata().map_err(|error| refuse(&lock_path, &error))?;
             if meta.is_file() {
                 refuse_input(plan, &output.path, &meta)?;
@@ -58,13 +107,43 @@ impl Outputs {
                     return Err(other.collides(plan, output, *operator));
                 }
                 lock(&file, &output.path, meta.ino())?;
+                if is_new {
+                    made.0.push(lock_path.clone());
+                }
                 locks.push(file);
             }
             let inode = meta.is_file().then(|| (meta.dev(), meta.ino()));
             claimed.push(Claimed { output, operator: *operator, inode });
         }
         let is_regular = claimed.into_iter().map(|claimed| claimed.inode.is_some()).collect();
-        Ok(Self { _locks: locks, is_regular, by_cuts })
+        Ok(Self { made, locks, is_regular, by_cuts })
+    }
+
+    /// Takes over the outputs of a job that runs: its locks are held already.
+    pub(crate) fn adopt(plan: &Plan, locks: &[RawFd], by_cuts: bool) -> Self {
+        // SAFETY: the keeper left these descriptors open for us; nothing else in this process knows
+        // them. They stay open for workers to inherit, as when they were locked.
+        let locks = locks.iter().map(|fd| unsafe { File::from_raw_fd(*fd) }).collect();
+        let is_regular = plan.outputs.iter().map(|(output, _)| is_file(output)).collect();
+        let made = Made::default();
+        Self { made, locks, is_regular, by_cuts }
+    }
+
+    /// Moves the locks to descriptors that a keeper can hold as well.
+    pub(crate) fn place(&mut self, line: Option<&Line>) -> Result<(), Error> {
+        if line.is_some() {
+            for lock in std::mem::take(&mut self.locks) {
+                let placed = File::from(place(lock.into(), line)?);
+                leave_to_workers(&placed);
+                self.locks.push(placed);
+            }
+        }
+        Ok(())
+    }
+
+    /// The descriptors of the locks.
+    pub(crate) fn locks(&self) -> Vec<RawFd> {
+        self.locks.iter().map(AsRawFd::as_raw_fd).collect()
     }
 
     /// Empties all outputs: the job begins.
@@ -144,7 +223,8 @@ impl Outputs {
             let stage = plan.operators[*operator].stage;
             for subtask in 0..plan.stages[stage].workers.len() {
                 let path = output.path.join(parts::name(subtask, None, extension));
-                parts::rename(&open_name(&path), &path).map_err(Error::Machine)?;
+                parts::rename(&open_name(&path), &path)
+                    .map_err(|refusal| Error::Machine(refusal.message))?;
             }
         }
         Ok(())
@@ -156,6 +236,21 @@ fn open_name(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(parts::OPEN);
     name.into()
+}
+
+/// Opens a file to be locked, and says whether it was not there before.
+fn open(path: &Path) -> std::io::Result<(File, bool)> {
+    let mut options = OpenOptions::new();
+    match options.write(true).create_new(true).open(path) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+            let mut options = OpenOptions::new();
+            // A link to nothing is made good.
+            let file = options.write(true).create(true).truncate(false).open(path)?;
+            Ok((file, false))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn is_file(output: &Output) -> bool {
@@ -224,10 +319,8 @@ fn lock(file: &File, output: &Path, inode: u64) -> Result<(), Error> {
     loop {
         // SAFETY: plain system call on an open descriptor.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-            // SAFETY: as above: workers are to inherit it, so that it outlives a killed supervisor
-            // until they end.
-            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) };
-            return Ok(());
+            leave_to_workers(file);
+            return is_still_there(file, output);
         }
         let holder = holder(inode);
         let patience = if holder.is_some_and(lives) { PATIENCE_LIVING } else { PATIENCE };
@@ -243,14 +336,33 @@ fn lock(file: &File, output: &Path, inode: u64) -> Result<(), Error> {
     }
 }
 
-/// The process that holds the lock on an inode, from the kernel's list.
+/// Workers inherit this descriptor, so that its lock outlives a killed supervisor until they end.
+fn leave_to_workers(file: &File) {
+    // SAFETY: plain system call on an open descriptor.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) };
+}
+
+/// A job that was refused meanwhile may have removed the file that it had made and we have opened.
+fn is_still_there(file: &File, output: &Path) -> Result<(), Error> {
+    let links = file.metadata().map_or(0, |meta| meta.nlink());
+    if links > 0 {
+        return Ok(());
+    }
+    Err(Error::Plan(format!(
+        "output {} was removed while this job waited for it; start it again",
+        output.display()
+    )))
+}
+
+/// The process that holds the lock on an inode, from the kernel's list; of a job its launched one.
 fn holder(inode: u64) -> Option<u32> {
     let locks = std::fs::read_to_string("/proc/locks").ok()?;
-    locks.lines().find_map(|line| {
+    let pid = locks.lines().find_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let of = fields.get(5)?.rsplit(':').next()?.parse::<u64>().ok()?;
         (fields.get(1) == Some(&"FLOCK") && of == inode).then(|| fields[4].parse().ok()).flatten()
-    })
+    });
+    pid.map(keeper::job_of)
 }
 
 /// Whether a process runs, not dead and only waiting to be reaped.

@@ -8,11 +8,31 @@
 //!
 //! Called by `launch`.
 
+mod adopt;
+
+pub(crate) mod stop;
+
+use self::stop::{Fallen, UNSOUND, has_failed};
+use super::annals::{Annals, Entry};
+use super::autopsy::{self, Finding, Subject};
+use super::care::Care;
+use super::dead_letters::{self, DeadLetters};
+use super::handover::{Succeeded, Succession};
+use super::hang::HangWatch;
+use super::ladder::{Cause, Death, Decision, Ladder, PAUSE_MAX_NS, Rung};
 use super::launch::Scene;
+use super::memory_events::MemoryEvents;
+use super::probation::Probation;
+use super::program::Program;
+use super::remains::Remains;
+use super::replicas::Replicas;
 use super::report::Restart;
+use super::rewind::may::rungs;
 use super::spawn::{Child, Exit, Spawner, kill, reap};
+use super::standby::Standbys;
 use super::watch::Watch;
 use crate::config::Settings;
+use crate::control::history::PostMortem;
 use crate::error::Error;
 use crate::haste::Haste;
 use crate::plan::Plan;
@@ -20,59 +40,41 @@ use crate::time::now_ns;
 use crate::worker::attach::last_words;
 use crate::worker::entry::{EXIT_FAILED, Role};
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use testudo_shm::death;
-use testudo_shm::header::WorkerState;
+use testudo_shm::header::{WorkerHeader, WorkerState};
 use testudo_shm::primitive::Ordering;
 
-/// Pause before a worker that died twice without a commit is started again; doubled each time.
-const PAUSE: Duration = Duration::from_millis(2);
+/// Time that a hung worker has to say where it is.
+const TELLING_NS: u64 = 50_000_000;
 
-/// A life this long was sound, even if there was nothing to commit in it.
-const SOUND_LIFE_NS: u64 = 10_000_000_000;
+/// How often a worker that is held down is looked at again.
+const HELD: Duration = Duration::from_millis(2);
 
 /// Time that workers have to leave when all is done: one may be stopped, or stuck in code that runs
 /// at its exit.
 const LEAVING: Duration = Duration::from_secs(5);
 
-/// Longest such pause.
-const PAUSE_MAX: Duration = Duration::from_millis(500);
-
-/// Deaths of a worker in a row, without a commit or a long life in between: what counts against the
-/// budget.
-#[derive(Debug, Default)]
-struct Deaths {
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) child: Option<Child>,
+    pub(super) lives: u64,
     /// Commits in its header when it last died.
     commits: u64,
-    in_a_row: u32,
-}
-
-impl Deaths {
-    /// Takes in another death, after so many commits in all and a last life of so many nanoseconds.
-    /// Returns how many there are in a row now.
-    fn note(&mut self, commits: u64, lived_ns: u64) -> u32 {
-        let is_repeated = commits == self.commits && lived_ns <= SOUND_LIFE_NS;
-        self.in_a_row = if is_repeated { self.in_a_row + 1 } else { 1 };
-        self.commits = commits;
-        self.in_a_row
-    }
-
-    /// A successor could not even be started.
-    fn note_unborn(&mut self) -> u32 {
-        self.in_a_row += 1;
-        self.in_a_row
-    }
-}
-
-#[derive(Debug)]
-struct Member {
-    child: Option<Child>,
-    lives: u64,
-    deaths: Deaths,
+    ladder: Ladder,
     /// When the next life may begin, in monotonic nanoseconds.
-    due_ns: Option<u64>,
+    pub(super) due_ns: Option<u64>,
+    /// What it runs.
+    pub(super) program: Rc<Program>,
+    /// Who is prepared to take its place, and the process that was told to give way.
+    pub(super) succession: Option<Succession>,
+    pub(super) told: Option<i32>,
     /// The restart whose recovery time is not known yet.
-    recovering: Option<usize>,
+    pub(super) recovering: Option<usize>,
+    /// The hang watch ends it: after so many seconds, and when it is killed if it does not end by
+    /// itself.
+    pub(super) hung: Option<(f64, u64)>,
 }
 
 /// Last words of a worker that found a checkpoint damaged begin with this.
@@ -83,10 +85,21 @@ fn failure(worker: usize, words: &str) -> Error {
     if let Some(damage) = words.strip_prefix(DAMAGED) {
         return Error::Damaged(damage.into());
     }
+    if let Some(what) = words.strip_prefix(UNSOUND) {
+        let what = what.lines().next().unwrap_or_default();
+        return Error::Unsound(format!("worker {worker}: {what}"));
+    }
     match words.strip_prefix("operator ").and_then(|words| words.split_once(": ")) {
         Some((name, message)) => Error::job(&format!("{name} (worker {worker})"), message),
         None => Error::job(&format!("(worker {worker})"), words),
     }
+}
+
+/// How long a process has lived once it had attached; who dies before that has not lived at all.
+fn lived_ns(header: &WorkerHeader, pid: i32, seen_ns: u64) -> u64 {
+    let attached = header.attached_ns.load(Ordering::Acquire);
+    let is_its_own = header.pid.load(Ordering::Relaxed) == pid as u32;
+    if is_its_own && attached > 0 { seen_ns.saturating_sub(attached) } else { 0 }
 }
 
 /// A worker could not even begin: it has no page for its last words yet.
@@ -97,20 +110,37 @@ fn unfit(worker: usize) -> Error {
 /// All workers of a job.
 #[derive(Debug)]
 pub(crate) struct Crew<'a> {
-    plan: &'a Plan,
-    settings: &'a Settings,
-    scene: &'a Scene,
-    spawner: Spawner,
-    entry: isize,
-    members: Vec<Member>,
+    pub(super) plan: &'a Plan,
+    pub(super) scene: &'a Scene,
+    pub(super) spawner: Spawner,
+    pub(super) entry: isize,
+    pub(super) members: Vec<Member>,
+    pub(super) standbys: Standbys,
+    /// What the replicas among them say.
+    replicas: Replicas,
+    /// What became of successions, until it is asked for; and who gave way and has not ended yet.
+    pub(super) successions: Vec<(usize, Succeeded)>,
+    pub(super) leaving: Vec<Child>,
+    /// A cut is open: nobody gives way before it is closed.
+    pub(crate) is_cutting: bool,
+    /// The program that an update brings, while it has to prove itself.
+    pub(super) probation: Option<Probation>,
     /// Dead processes whose end the kernel has not finished yet, with the restart that they caused.
     dying: Vec<(Child, usize)>,
     pub(crate) restarts: Vec<Restart>,
     /// Workers that died since this was last asked for.
     deaths: Vec<usize>,
+    /// Workers that attaching does not bring back.
+    pub(super) fallen: Vec<Fallen>,
+    /// Processes that were killed because their region goes back.
+    stopped: Vec<(usize, Child)>,
     /// Held from the first look on: a death is to be seen at once.
-    haste: Option<Haste>,
+    pub(super) haste: Option<Haste>,
     is_watching: bool,
+    hangs: HangWatch,
+    memory: MemoryEvents,
+    care: Care,
+    pub(crate) annals: Annals,
 }
 
 impl<'a> Crew<'a> {
@@ -123,29 +153,7 @@ impl<'a> Crew<'a> {
         spawner: Spawner,
         entry: isize,
     ) -> Result<Self, Error> {
-        let members = (0..plan.workers)
-            .map(|_| Member {
-                child: None,
-                lives: 0,
-                deaths: Deaths::default(),
-                due_ns: None,
-                recovering: None,
-            })
-            .collect();
-        let (dying, restarts) = (Vec::new(), Vec::new());
-        let mut crew = Self {
-            plan,
-            settings,
-            scene,
-            spawner,
-            entry,
-            members,
-            dying,
-            restarts,
-            deaths: Vec::new(),
-            haste: None,
-            is_watching: false,
-        };
+        let mut crew = Self::unborn(plan, settings, scene, spawner, entry);
         for worker in 0..plan.workers {
             if let Err(error) = crew.spawn(watch, worker) {
                 crew.end(true);
@@ -155,18 +163,77 @@ impl<'a> Crew<'a> {
         Ok(crew)
     }
 
-    fn spawn(&mut self, watch: &Watch, worker: usize) -> Result<(), Error> {
-        let role = Role {
+    /// A crew of which nobody was started yet.
+    fn unborn(
+        plan: &'a Plan,
+        settings: &'a Settings,
+        scene: &'a Scene,
+        spawner: Spawner,
+        entry: isize,
+    ) -> Self {
+        let program = Rc::new(Program::own());
+        let members = (0..plan.workers)
+            .map(|worker| Member {
+                program: Rc::clone(&program),
+                succession: None,
+                told: None,
+                child: None,
+                lives: 0,
+                commits: 0,
+                ladder: Ladder::new(settings.restarts(), rungs(plan, settings, worker)),
+                due_ns: None,
+                recovering: None,
+                hung: None,
+            })
+            .collect();
+        let (dying, restarts) = (Vec::new(), Vec::new());
+        let letters = DeadLetters::new(dead_letters::path(plan, settings), &settings.name);
+        Self {
+            plan,
+            scene,
+            spawner,
+            entry,
+            members,
+            standbys: Standbys::new(plan, settings),
+            replicas: Replicas::new(plan, scene),
+            successions: Vec::new(),
+            leaving: Vec::new(),
+            is_cutting: false,
+            probation: None,
+            dying,
+            restarts,
+            deaths: Vec::new(),
+            fallen: Vec::new(),
+            stopped: Vec::new(),
+            haste: None,
+            is_watching: false,
+            hangs: HangWatch::new(settings.hang_timeout, plan.workers),
+            memory: MemoryEvents::open(),
+            care: Care::new(letters, &settings.name, plan.workers),
+            annals: Annals::default(),
+        }
+    }
+
+    /// What a worker's next process is told.
+    pub(super) fn role(&self, worker: usize) -> Role {
+        Role {
             worker,
-            control_fd: self.scene.control.raw_fd(),
+            control_fd: self.scene.control_peer.as_raw_fd(),
             control_bytes: self.scene.control.len(),
             entry: self.entry,
             life: self.members[worker].lives,
             in_haste: self.haste.is_some(),
             small_pages: false,
-        };
+            standby: None,
+            succession: None,
+            tie: None,
+        }
+    }
+
+    fn spawn(&mut self, watch: &Watch, worker: usize) -> Result<(), Error> {
+        let role = self.role(worker);
         let fds = self.scene.inherited(self.plan, worker);
-        let child = self.spawner.spawn(role, &fds)?;
+        let child = self.spawner.spawn(&self.members[worker].program, role, &fds)?;
         let pidfd = child.pidfd.as_raw_fd();
         let member = &mut self.members[worker];
         // From here on the process is ours to end, whatever fails.
@@ -183,11 +250,17 @@ impl<'a> Crew<'a> {
             (self.is_watching, self.haste) = (true, Haste::begin());
         }
         self.reap_dying();
+        self.hangs.begin(now_ns());
+        self.look_at_standbys(watch)?;
+        self.replicas.look(&mut self.annals);
         let mut words = Vec::with_capacity(self.members.len());
         for worker in 0..self.members.len() {
             let word = &self.scene.workers[worker].death[0].word;
             let value = word.load(Ordering::Acquire);
             self.note_recovery(worker);
+            let ladder = &mut self.members[worker].ladder;
+            self.care.look(self.plan, self.scene, worker, ladder, &mut self.annals);
+            self.look_at_succession(worker);
             if let Some(child) = &self.members[worker].child {
                 let pid = child.pid;
                 // A word of an earlier life stays marked until the successor has claimed; only its
@@ -196,11 +269,19 @@ impl<'a> Crew<'a> {
                 if is_own && death::is_dead(word) {
                     self.died(worker, None)?;
                 } else if let Some(exit) = reap(pid, false) {
-                    self.died(worker, Some(exit))?;
+                    if self.has_given_way(worker, pid, exit) {
+                        self.vacate(worker);
+                    } else {
+                        self.died(worker, Some(exit))?;
+                    }
+                } else if is_own {
+                    self.watch_for_hang(worker, pid);
                 }
             }
             let due = self.members[worker].due_ns.is_some_and(|due| due <= now_ns());
-            if due {
+            if due && watch.events.is_held(worker) {
+                self.members[worker].due_ns = Some(now_ns() + HELD.as_nanos() as u64);
+            } else if due {
                 self.respawn(watch, worker)?;
             }
             words.push((worker, value));
@@ -211,66 +292,135 @@ impl<'a> Crew<'a> {
     /// Starts a successor. A machine that has no process or memory to spare at the moment is asked
     /// again, as often as the budget allows.
     fn respawn(&mut self, watch: &Watch, worker: usize) -> Result<(), Error> {
+        self.standbys.withdraw(worker);
         let Err(error) = self.spawn(watch, worker) else {
             return Ok(());
         };
-        let member = &mut self.members[worker];
-        if member.deaths.note_unborn() > self.settings.restart_budget || member.child.is_some() {
+        let (member, now) = (&mut self.members[worker], now_ns());
+        if member.ladder.unborn(now) || member.child.is_some() {
             return Err(error);
         }
-        member.due_ns = Some(now_ns() + PAUSE_MAX.as_nanos() as u64);
+        member.due_ns = Some(now + PAUSE_MAX_NS);
         Ok(())
     }
 
     /// A worker died: `exit` says how, when that is known already.
-    fn died(&mut self, worker: usize, exit: Option<Exit>) -> Result<(), Error> {
+    pub(super) fn died(&mut self, worker: usize, exit: Option<Exit>) -> Result<(), Error> {
+        self.note_death(worker, exit, None)
+    }
+
+    /// As [`Self::died`], where what it left is known already.
+    pub(super) fn note_death(
+        &mut self,
+        worker: usize,
+        exit: Option<Exit>,
+        left: Option<Remains>,
+    ) -> Result<(), Error> {
         let seen_ns = now_ns();
-        let header = self.scene.workers[worker];
+        self.abandon(worker, "the worker died meanwhile and is replaced as after any death");
+        // It may have recovered from the death before since it was last looked at.
+        self.note_recovery(worker);
         let Some(child) = self.members[worker].child.take() else {
             return Ok(());
         };
         if exit.is_none() {
             kill(child.pid);
         }
+        let standby = self.standbys.of(worker);
+        let left = left.unwrap_or_else(|| Remains::take(self.plan, self.scene, worker, standby));
+        let header = left.header().unwrap_or(self.scene.workers[worker]);
         self.deaths.push(worker);
-        let failed = header.state.load(Ordering::Acquire) == WorkerState::Failed as u32
-            && header.pid.load(Ordering::Relaxed) == child.pid as u32;
-        if failed || exit == Some(Exit::Code(EXIT_FAILED)) {
-            let words = self.last_words(worker);
-            let _ = exit.or_else(|| reap(child.pid, true));
-            return Err(if failed { failure(worker, &words) } else { unfit(worker) });
+        let (failed, exit) = has_failed(header, child.pid, exit);
+        let words = failed.then(|| left.last_words());
+        let tried = self.died_on_probation(worker, &child, exit, words);
+        let exit = tried.or(exit);
+        let gave_up = failed || exit == Some(Exit::Code(EXIT_FAILED));
+        let gave_up = (gave_up && tried.is_none()).then_some(failed);
+        if self.has_fallen((worker, child.pid), &left, exit, gave_up)? {
+            return Ok(());
         }
+        let lived_ns = lived_ns(header, child.pid, seen_ns);
         let member = &mut self.members[worker];
         let commits = header.commits.load(Ordering::Acquire);
-        let attached = header.attached_ns.load(Ordering::Acquire);
-        let is_its_own = header.pid.load(Ordering::Relaxed) == child.pid as u32;
-        // `attached` is 0 until it is: who dies before that has not lived at all.
-        let has_lived = is_its_own && attached > 0;
-        let lived_ns = if has_lived { seen_ns.saturating_sub(attached) } else { 0 };
-        let deaths = member.deaths.note(commits, lived_ns);
-        let pause = if deaths > 1 {
-            (PAUSE * (1 << deaths.min(16))).min(PAUSE_MAX)
-        } else {
-            Duration::ZERO
+        let subject = Subject {
+            worker,
+            pid: child.pid,
+            life: member.lives,
+            exit,
+            hung_s: member.hung.take().map(|(seconds, _)| seconds),
+            seen_ns,
         };
-        member.due_ns = Some(seen_ns + pause.as_nanos() as u64);
+        let memory = &mut self.memory;
+        let has_committed = commits != std::mem::replace(&mut member.commits, commits);
+        let mut found = autopsy::perform(self.plan, &left, &subject, || memory.has_moved());
+        let death = Death {
+            cause: if tried.is_some() { Cause::Unknown } else { found.cause },
+            // What a program on probation does counts against it, not against the job.
+            has_committed: has_committed || tried.is_some(),
+            lived_ns,
+            at_ns: seen_ns,
+            place: found.place,
+            is_state_damaged: false,
+        };
+        let decision = member.ladder.died(&death);
+        self.care.order(self.plan, self.scene, worker, &decision);
+        let grace = self.standbys.grace(worker).as_nanos() as u64;
+        member.due_ns = Some(seen_ns + decision.pause_ns.max(grace));
         let restart = self.restarts.len();
         member.recovering = Some(restart);
-        self.restarts.push(Restart {
-            worker,
-            life: member.lives,
-            cause: exit.map_or(String::new(), |exit| exit.to_string()),
-            last_words: self.last_words(worker),
-            seen_ns,
-            recovery_us: None,
-        });
+        found.post_mortem.rung = decision.rung.label().into();
+        self.restarts.push(Restart::new(&found.post_mortem, left.last_words(), seen_ns));
+        self.write_down(found, &decision, restart);
         if exit.is_none() {
             self.dying.push((child, restart));
         }
-        if deaths > self.settings.restart_budget {
-            return Err(self.give_up(worker, deaths, restart));
+        if decision.rung == Rung::Failure {
+            return Err(self.give_up(worker, decision.in_a_row, restart));
         }
+        self.climb(worker, decision, restart);
         Ok(())
+    }
+
+    /// Writes a death and what follows from it into the chronicle.
+    fn write_down(&mut self, found: Finding, decision: &Decision, restart: usize) {
+        let Finding { post_mortem, base, frames, .. } = found;
+        let (worker, cause) = (post_mortem.worker, post_mortem.cause.clone());
+        let at = if post_mortem.operator.is_empty() { "" } else { " in " };
+        let cause = format!("{cause}{at}{}", post_mortem.operator);
+        if decision.convicted.is_some() {
+            let record = format!("{cause}: {}", post_mortem.record);
+            self.annals.note("convicted", worker, record);
+        }
+        self.annals.note(decision.rung.label(), worker, cause);
+        self.annals.add(Entry { post_mortem, base, frames, restart });
+    }
+
+    /// Ends a worker that has something to do and does not get on. First by a signal that lets it
+    /// keep its stack, then for certain.
+    fn watch_for_hang(&mut self, worker: usize, pid: i32) {
+        if let Some((_, kill_ns)) = self.members[worker].hung {
+            if now_ns() >= kill_ns {
+                kill(pid);
+            }
+            return;
+        }
+        let state = self.scene.workers[worker].state.load(Ordering::Acquire);
+        if WorkerState::of(state) != WorkerState::Running {
+            return;
+        }
+        let (plan, scene) = (self.plan, self.scene);
+        // A slow step shows in the batches that it takes.
+        let (turns, from) = (&scene.workers[worker].turns, scene.marker(plan, worker).from());
+        let turns = turns.load(Ordering::Relaxed).wrapping_add(from[0] ^ from[1].rotate_left(32));
+        let is_suspect = || autopsy::is_stuck(plan, scene, worker, pid);
+        let doing = || autopsy::activity(pid);
+        if let Some(seconds) = self.hangs.look(worker, pid, turns, is_suspect, doing) {
+            self.members[worker].hung = Some((seconds, now_ns() + TELLING_NS));
+            self.annals.note("hang", worker, format!("no step finished for {seconds:.1} s"));
+            if let Some(child) = &self.members[worker].child {
+                super::spawn::abort(child);
+            }
+        }
     }
 
     fn give_up(&mut self, worker: usize, deaths: u32, restart: usize) -> Error {
@@ -281,12 +431,26 @@ impl<'a> Crew<'a> {
             }
         }
         let restart = &self.restarts[restart];
-        let cause = if restart.last_words.is_empty() {
-            restart.cause.clone()
-        } else {
-            format!("{}; its last words: {}", restart.cause, restart.last_words)
-        };
+        let mut cause = restart.cause.clone();
+        if let Some(PostMortem { operator, doing, record, own_doing: true, .. }) =
+            self.annals.latest(worker)
+            && !operator.is_empty()
+        {
+            let with = if record.is_empty() { "" } else { ", " };
+            cause = format!("{cause} in {operator}, {doing}{with}{record}");
+        }
+        if !restart.last_words.is_empty() {
+            cause = format!("{cause}; its last words: {}", restart.last_words);
+        }
         Error::Budget { worker, deaths, cause }
+    }
+
+    /// Kills a worker's process, as whoever asks for a drill would: its number. `None` while there
+    /// is none.
+    pub(crate) fn kill_worker(&self, worker: usize) -> Option<u32> {
+        let child = self.members.get(worker)?.child.as_ref()?;
+        kill(child.pid);
+        Some(child.pid as u32)
     }
 
     /// Workers that died since the last call, in the order in which it was seen.
@@ -300,10 +464,8 @@ impl<'a> Crew<'a> {
         child == Some(self.scene.workers[worker].pid.load(Ordering::Acquire))
     }
 
-    fn last_words(&self, worker: usize) -> String {
-        let page = last_words(self.scene.arena, self.plan.layout.segments[worker].at);
-
-        page.read()
+    pub(super) fn last_words(&self, worker: usize) -> String {
+        last_words(self.scene.arena, self.plan.layout.segments[worker].at).read()
     }
 
     /// Writes down how long a recovery took, once the successor has processed something or found
@@ -327,11 +489,12 @@ impl<'a> Crew<'a> {
     }
 
     fn reap_dying(&mut self) {
-        let restarts = &mut self.restarts;
+        let (restarts, annals) = (&mut self.restarts, &mut self.annals);
         self.dying.retain(|(child, restart)| match reap(child.pid, false) {
             None => true,
             Some(exit) => {
                 restarts[*restart].cause = exit.to_string();
+                annals.ended(*restart, &restarts[*restart].cause);
                 false
             }
         });
@@ -353,19 +516,27 @@ impl<'a> Crew<'a> {
         let now = now_ns();
         let due = self.members.iter().filter_map(|member| member.due_ns).min();
         let due = due.map(|due| Duration::from_nanos(due.saturating_sub(now)));
-        let is_open =
-            self.members.iter().any(|member| member.recovering.is_some()) || !self.dying.is_empty();
+        let is_open = !self.dying.is_empty() || self.care.is_waiting(self.plan, self.scene);
+        let is_open = is_open
+            || self
+                .members
+                .iter()
+                .any(|member| member.recovering.is_some() || member.hung.is_some());
         let soon = is_open.then_some(Duration::from_millis(5));
-        due.into_iter().chain(soon).min()
+        let others = self.succession_patience().into_iter().chain(self.standbys.patience());
+        due.into_iter().chain(soon).chain(others).chain(self.stop_patience()).min()
     }
 
     /// Waits for all processes to end, for a bounded time, killing them first when the job failed.
     /// After this none of ours is left.
     pub(crate) fn end(&mut self, at_once: bool) {
         self.haste = None;
+        self.standbys.end();
         for worker in 0..self.members.len() {
+            self.abandon(worker, "the job ended");
             self.note_recovery(worker);
         }
+        self.end_leaving();
         for member in &self.members {
             if let (true, Some(child)) = (at_once, &member.child) {
                 kill(child.pid);
@@ -387,6 +558,7 @@ impl<'a> Crew<'a> {
                 reap(child.pid, true);
             }
         }
+        self.end_stopped();
         for (child, restart) in std::mem::take(&mut self.dying) {
             if let Some(exit) = reap(child.pid, true) {
                 self.restarts[restart].cause = exit.to_string();
@@ -399,29 +571,5 @@ impl Drop for Crew<'_> {
     /// However the job ends, no process of it is left.
     fn drop(&mut self) {
         self.end(true);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Deaths, SOUND_LIFE_NS};
-
-    #[test]
-    fn deaths_without_a_commit_are_in_a_row() {
-        let mut deaths = Deaths::default();
-        assert_eq!(deaths.note(5, 1000), 1, "it had committed");
-        assert_eq!(deaths.note(5, 1000), 2);
-        assert_eq!(deaths.note_unborn(), 3);
-        assert_eq!(deaths.note(5, SOUND_LIFE_NS), 4);
-        assert_eq!(deaths.note(6, 1000), 1);
-    }
-
-    #[test]
-    fn a_worker_that_lived_long_without_work_does_not_spend_the_budget() {
-        let mut deaths = Deaths::default();
-        for _ in 0..100 {
-            assert_eq!(deaths.note(0, SOUND_LIFE_NS + 1), 1);
-        }
-        assert_eq!(deaths.note(0, 1000), 2);
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! Called by `launch`.
 
-use super::checkpoint::StoreThread;
+use super::checkpoint::{RUN, StoreThread};
+use super::folders::Folders;
 use crate::checkpoint::notes::{Edge, Notes, Part, Shape};
 use crate::config::Settings;
 use crate::error::Error;
@@ -31,6 +32,8 @@ pub(crate) struct Old {
 /// A checkpoint that was chosen.
 #[derive(Debug)]
 pub(crate) struct Chosen {
+    /// The number of its folder.
+    pub(crate) folder: usize,
     /// Its manifest's file, where the folder has a newer checkpoint: that must not be found again
     /// once outputs are taken back to this one.
     pub(crate) past: Option<String>,
@@ -43,13 +46,52 @@ pub(crate) struct Chosen {
 pub(crate) struct Resumed {
     /// See [`Chosen`].
     pub(crate) past: Option<String>,
+    /// The run that it was taken in.
+    pub(crate) run: u64,
     pub(crate) restore: Restore,
     pub(crate) old: Vec<Old>,
 }
 
-/// Chooses the checkpoint that the settings ask for: the newest whole one, or the one that is
-/// named. `unusable` are those that turned out to be damaged. `None`: there is none yet.
+/// Chooses the checkpoint that the settings ask for: the newest whole one in any folder, or the one
+/// that is named. `unusable` are those that turned out to be damaged. `None`: there is none yet.
 pub(crate) fn choose(
+    folders: &Folders,
+    settings: &Settings,
+    unusable: &[u64],
+) -> Result<Option<Chosen>, Error> {
+    let (mut found, mut failure): (Vec<Chosen>, _) = (Vec::new(), None);
+    for (folder, store) in folders.usable() {
+        match choose_in(store, settings, unusable) {
+            Ok(chosen) => found.extend(chosen.map(|chosen| Chosen { folder, ..chosen })),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    match (newest(found), failure) {
+        (None, Some(error)) => Err(error),
+        (Some(chosen), Some(error)) => {
+            if settings.resume_from.is_none() {
+                crate::say!("testudo: {error}; checkpoint {} is used", chosen.manifest.id);
+            }
+            Ok(Some(chosen))
+        }
+        (newest, None) => Ok(newest),
+    }
+}
+
+/// The newest of what several folders have. Numbers are those of one line of checkpoints; a later
+/// run may have gone on from an earlier one of them, while the other folder was not there.
+pub(crate) fn newest(found: Vec<Chosen>) -> Option<Chosen> {
+    found.into_iter().max_by_key(|chosen| {
+        (run_of(&chosen.manifest), chosen.manifest.id, std::cmp::Reverse(chosen.folder))
+    })
+}
+
+/// When the run began that a checkpoint was taken in.
+fn run_of(manifest: &Manifest) -> u64 {
+    manifest.figures.get(RUN).copied().unwrap_or(0)
+}
+
+fn choose_in(
     store: &StoreThread,
     settings: &Settings,
     unusable: &[u64],
@@ -58,11 +100,15 @@ pub(crate) fn choose(
     let unusable = unusable.to_vec();
     store.ask(move |store| match named {
         Some(name) => open_named(store, &name).map(Some),
-        None => open_newest(store, &unusable),
+        None => open_newest(store, |manifest| !unusable.contains(&manifest.id)),
     })?
 }
 
-fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Error> {
+/// Opens the newest whole checkpoint that is usable.
+pub(crate) fn open_newest(
+    store: &mut Store,
+    is_usable: impl Fn(&Manifest) -> bool,
+) -> Result<Option<Chosen>, Error> {
     let failed = |error: StoreError| Error::Checkpoint(error.to_string());
     let mut damages = Vec::new();
     // The lists of blocks are the workers' to read: a damaged one brings the job back here.
@@ -71,7 +117,7 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
             damages.extend(candidate.damage.map(|damage| damage.to_string()));
             continue;
         };
-        if unusable.contains(&manifest.id) {
+        if !is_usable(manifest) {
             damages.push(format!("checkpoint {} has a damaged block", manifest.id));
             continue;
         }
@@ -97,7 +143,7 @@ fn open_newest(store: &mut Store, unusable: &[u64]) -> Result<Option<Chosen>, Er
         return Ok(None);
     }
     Err(Error::Checkpoint(format!(
-        "no checkpoint in {} can be used: {}",
+        "no checkpoint in {} can be used: {}; begin afresh without --resume",
         store.folder().display(),
         damages.join("; ")
     )))
@@ -151,10 +197,25 @@ fn open(store: &mut Store, manifest: Manifest) -> Result<Chosen, Error> {
             old.push(Old { worker, notes, cells });
         }
     }
-    Ok(Chosen { past: None, manifest, old })
+    Ok(Chosen { folder: 0, past: None, manifest, old })
 }
 
 impl Chosen {
+    /// What it has of these workers alone, where they are the same as then.
+    pub(crate) fn of_workers(mut self, plan: &Plan, workers: &[usize]) -> Self {
+        let shape = plan.shape();
+        let is_same = self.manifest.workers as usize == plan.workers;
+        if !is_same || self.old.iter().any(|old| old.notes.shape != shape) {
+            return self;
+        }
+        self.old.retain(|old| workers.contains(&old.worker));
+        for region in &mut self.manifest.regions {
+            region.workers.retain(|file| workers.contains(&(file.worker as usize)));
+        }
+        self.manifest.regions.retain(|region| !region.workers.is_empty());
+        self
+    }
+
     /// Checks that the job may go on from this, and says what its workers must know.
     pub(crate) fn fit(
         self,
@@ -162,7 +223,20 @@ impl Chosen {
         settings: &Settings,
         lazy: bool,
     ) -> Result<Resumed, Error> {
-        let Self { past, manifest, old } = self;
+        check(&self.manifest, plan, settings)?;
+        check_types(&self.manifest, &self.old, plan)?;
+        self.fit_again(plan, settings, lazy)
+    }
+
+    /// The same while the job runs: its workers may run another program than the supervisor, and
+    /// check the types of values themselves.
+    pub(crate) fn fit_again(
+        self,
+        plan: &Plan,
+        settings: &Settings,
+        lazy: bool,
+    ) -> Result<Resumed, Error> {
+        let Self { past, manifest, old, .. } = self;
         self::check(&manifest, plan, settings)?;
         let shape = plan.shape();
         let same_shape = manifest.workers as usize == plan.workers
@@ -181,7 +255,8 @@ impl Chosen {
             edges,
             parts: deal_parts(&old, plan, same_shape),
         };
-        Ok(Resumed { past, restore, old })
+        let run = run_of(&manifest);
+        Ok(Resumed { past, run, restore, old })
     }
 }
 
@@ -206,7 +281,7 @@ fn check(manifest: &Manifest, plan: &Plan, settings: &Settings) -> Result<(), Er
     if manifest.job != settings.name {
         return refuse(format!(
             "checkpoint {} is of job {:?}, this is job {:?}; \
-             choose another --checkpoint-dir, or give --name {:?}",
+             choose another --checkpoint-dir, give --name {:?}, or begin afresh without --resume",
             manifest.id, manifest.job, settings.name, manifest.job
         ));
     }
@@ -218,26 +293,50 @@ fn check(manifest: &Manifest, plan: &Plan, settings: &Settings) -> Result<(), Er
             }
             return refuse(format!(
                 "checkpoint {} has state of operator {} (uid {}), which this job does not have; \
-                 give the operator that uid, or drop its state with --allow-dropped-state",
+                 give the operator that uid, drop its state with --allow-dropped-state, or begin \
+                 afresh without --resume",
                 manifest.id, was.name, was.uid
             ));
         };
-        if state.schema != was.schema {
-            return refuse(format!(
-                "operator {} (uid {}) has keys or values of another type (schema {:016x}) than in \
-                 checkpoint {} ({:016x}); its state cannot be read as what it is now",
-                was.name, was.uid, state.schema, manifest.id, was.schema
-            ));
-        }
         let grouping = match state.grouping {
             Grouping::ByKey => "key",
             Grouping::BySubtask => "subtask",
         };
         if grouping != was.grouping {
             return refuse(format!(
-                "operator {} (uid {}) has state by {grouping}, in checkpoint {} by {}",
+                "operator {} (uid {}) has state by {grouping}, in checkpoint {} by {}: give it \
+                 another uid, or begin afresh without --resume",
                 was.name, was.uid, manifest.id, was.grouping
             ));
+        }
+    }
+    Ok(())
+}
+
+/// Keys and values have the types that they have in the checkpoint, or are migrated from them. What
+/// an operator declares by name is checked by the worker that opens it.
+fn check_types(manifest: &Manifest, old: &[Old], plan: &Plan) -> Result<(), Error> {
+    for was in &manifest.operators {
+        let now = plan.operators.iter().find(|operator| operator.uid() == was.uid);
+        let Some((now, state)) = now.and_then(|now| Some((now, now.state?))) else { continue };
+        // An update may have brought another program than the supervisor's, which wrote the
+        // manifest.
+        let said = old.iter().flat_map(|old| &old.notes.states).filter(|(uid, _)| *uid == was.uid);
+        let mut said: Vec<u64> = said.map(|(_, schema)| *schema).collect();
+        if said.is_empty() {
+            said.push(was.schema);
+        }
+        let is_known = |schema: u64| {
+            state.schema == schema || now.migrates.iter().any(|from| from.schema == schema)
+        };
+        if let Some(other) = said.into_iter().find(|schema| !is_known(*schema)) {
+            return Err(Error::Checkpoint(format!(
+                "operator {} (uid {}) has keys or values of another type (schema {:016x}, {} by \
+                 {}) than in checkpoint {} ({other:016x}); its state cannot be read as what it is \
+                 now: run the program that wrote it, say how its values are migrated \
+                 (.migrate_from), give the operator another uid, or begin afresh without --resume",
+                was.name, was.uid, state.schema, state.value.0, state.key.0, manifest.id
+            )));
         }
     }
     Ok(())
@@ -326,6 +425,13 @@ fn deal_parts(old: &[Old], plan: &Plan, same_shape: bool) -> Vec<(String, Vec<Ve
                 };
                 subtasks[subtask].push(part.clone());
                 next += 1;
+            }
+        }
+        if next == 0 {
+            // A source that the job did not have: each subtask reads its own part, from the start.
+            for (index, parts) in subtasks.iter_mut().enumerate() {
+                let (operator, count) = (operator.uid().to_owned(), stage.workers.len());
+                parts.push(Part { operator, index, count });
             }
         }
         (operator.uid().to_owned(), subtasks)

@@ -1,14 +1,20 @@
-//! Starts worker processes: the same executable through posix_spawn (vfork and exec), from one
-//! thread that lives as long as the job (R3: a fork of a large parent costs milliseconds, and
-//! parent-death signals follow the spawning thread).
+//! Starts worker processes: the job's program through posix_spawn (vfork and exec), from one
+//! thread that lives as long as the supervisor (R3: a fork of a large parent costs milliseconds,
+//! and parent-death signals, where they are used, follow the spawning thread).
 //!
 //! Called by `launch` and `recover`.
 
 #![expect(unsafe_code, reason = "posix_spawn and its file actions")]
 
+use super::program::Program;
+use super::watch::event_fd;
 use crate::error::Error;
+use crate::keeper::leash::Tie;
+use crate::keeper::{self, Line};
 use crate::worker::entry::{ROLE, Role};
-use std::ffi::{CString, OsString};
+use crate::worker::inspect::INSPECT;
+use std::ffi::{CStr, CString, OsString};
+use std::io::{PipeReader, PipeWriter};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::time::{Duration, Instant};
@@ -22,6 +28,22 @@ pub(crate) struct Child {
 }
 
 impl Child {
+    /// A process that is somebody else's child; `None` when there is none of that number.
+    pub(crate) fn open(pid: i32) -> Option<Self> {
+        // SAFETY: plain system call.
+        let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+        // SAFETY: the descriptor was just returned by the kernel.
+        (pidfd >= 0).then(|| Self { pid, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd as i32) } })
+    }
+
+    /// A process that has ended and was waited for.
+    pub(crate) fn gone(pid: i32) -> Result<Self, Error> {
+        let pidfd = event_fd()?;
+        // Readable for good, as the descriptor of an ended process is.
+        testudo_shm::wait::wake_event(pidfd.as_raw_fd());
+        Ok(Self { pid, pidfd })
+    }
+
     /// Waits until the process has ended, so long at most; whether it has.
     pub(crate) fn ends_within(&self, limit: Duration) -> bool {
         let mut poll =
@@ -44,6 +66,8 @@ impl Child {
 pub(crate) struct Spawner {
     arguments: Vec<CString>,
     environment: Vec<CString>,
+    /// What ends the workers, where that is not the end of this thread.
+    tie: Option<Tie>,
 }
 
 fn c_string(text: OsString) -> CString {
@@ -52,7 +76,7 @@ fn c_string(text: OsString) -> CString {
 
 impl Spawner {
     /// Takes this process's arguments and environment.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(line: Option<&Line>) -> Self {
         let environment = std::env::vars_os()
             .filter(|(name, _)| name != ROLE)
             .map(|(name, value)| {
@@ -62,34 +86,63 @@ impl Spawner {
                 c_string(pair)
             })
             .collect();
-        Self { arguments: std::env::args_os().skip(1).map(c_string).collect(), environment }
+        let arguments = std::env::args_os().skip(1).map(c_string).collect();
+        Self { arguments, environment, tie: line.map(Line::tie) }
     }
 
     /// Starts a worker that inherits `descriptors` and the standard ones, and nothing else.
-    pub(crate) fn spawn(&self, role: Role, descriptors: &[i32]) -> Result<Child, Error> {
-        let name = c_string(format!("testudo-w{}", role.worker).into());
+    pub(crate) fn spawn(
+        &self,
+        program: &Program,
+        role: Role,
+        descriptors: &[i32],
+    ) -> Result<Child, Error> {
         let small = SmallPages::begin();
-        let role = Role { small_pages: small.is_some(), ..role };
-        let worker = role.worker;
-        let role = format!("{ROLE}={role}");
-        let role = c_string(role.into());
+        let role = Role { small_pages: small.is_some(), tie: self.tie, ..role };
+        let name = role.name();
+        let leash = self.tie.map(|tie| tie.leash);
+        let descriptors: Vec<i32> = descriptors.iter().copied().chain(leash).collect();
+        let child = self.start(program, &name, format!("{ROLE}={role}"), &descriptors);
+        drop(small);
+        child
+    }
+
+    /// Starts a process that describes its plan and ends; see `worker/inspect.rs`.
+    pub(crate) fn inquire(
+        &self,
+        program: &Program,
+        pipe: i32,
+        control: i32,
+        bytes: usize,
+    ) -> Result<Child, Error> {
+        let variable = format!("{INSPECT}={pipe}:{control}:{bytes}");
+        self.start(program, "testudo-plan", variable, &[pipe, control])
+    }
+
+    fn start(
+        &self,
+        program: &Program,
+        name: &str,
+        variable: String,
+        descriptors: &[i32],
+    ) -> Result<Child, Error> {
+        let (text, variable) = (c_string(name.into()), c_string(variable.into()));
         let pointers = |first: &CString, rest: &[CString]| {
             let all = std::iter::once(first.as_ptr()).chain(rest.iter().map(|text| text.as_ptr()));
             all.chain([std::ptr::null()]).map(<*const libc::c_char>::cast_mut).collect::<Vec<_>>()
         };
-        let arguments = pointers(&name, &self.arguments);
-        let environment = pointers(&role, &self.environment);
-        let pid = raw_spawn(&arguments, &environment, descriptors);
-        drop(small);
-        let pid =
-            pid.map_err(|error| Error::Machine(format!("cannot start worker {worker}: {error}")))?;
+        let arguments = pointers(&text, &self.arguments);
+        let environment = pointers(&variable, &self.environment);
+        let pid = raw_spawn(program.exec(), &arguments, &environment, descriptors);
+        let pid = pid.map_err(|error| {
+            let path = program.path.display();
+            Error::Machine(format!("cannot start {name} ({path}): {error}"))
+        })?;
         // SAFETY: plain system call on a child of ours that was not waited for yet.
         let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         if pidfd < 0 {
             let error = std::io::Error::last_os_error();
-            return Err(Error::Machine(format!(
-                "cannot watch worker {worker} (pidfd_open): {error}"
-            )));
+            return Err(Error::Machine(format!("cannot watch {name} (pidfd_open): {error}")));
         }
         // SAFETY: the descriptor was just returned by the kernel.
         Ok(Child { pid, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd as i32) } })
@@ -98,7 +151,8 @@ impl Spawner {
 
 /// While it lives, this process and those it starts get no huge pages: an allocator that asks for
 /// them would zero, and perhaps first compact, megabytes before the worker's first instruction
-/// (measured: 0.4 ms, and up to 8 where memory is fragmented). The worker turns them on again.
+/// (measured: 0.4 ms, and up to 8 where memory is fragmented). The worker turns them on again,
+/// the successor of one not before its first steps are done.
 struct SmallPages {
     _turn: std::sync::MutexGuard<'static, ()>,
 }
@@ -127,6 +181,7 @@ impl Drop for SmallPages {
 }
 
 fn raw_spawn(
+    program: &CStr,
     arguments: &[*mut libc::c_char],
     environment: &[*mut libc::c_char],
     descriptors: &[i32],
@@ -162,7 +217,7 @@ fn raw_spawn(
         check(libc::posix_spawnattr_setflags(attributes.as_mut_ptr(), flags as libc::c_short))?;
         let done = check(libc::posix_spawn(
             &raw mut pid,
-            c"/proc/self/exe".as_ptr(),
+            program.as_ptr(),
             actions.as_ptr(),
             attributes.as_ptr(),
             arguments.as_ptr(),
@@ -175,10 +230,33 @@ fn raw_spawn(
     Ok(pid)
 }
 
+/// A pipe that a child writes to; what is not there yet is not waited for.
+pub(crate) fn readable_pipe() -> Result<(PipeReader, PipeWriter), Error> {
+    let failed = |error: std::io::Error| Error::Machine(format!("pipe: {error}"));
+    let (reader, writer) = std::io::pipe().map_err(failed)?;
+    // SAFETY: a plain system call on a descriptor of ours.
+    let done = unsafe { libc::fcntl(reader.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) };
+    if done < 0 {
+        return Err(failed(std::io::Error::last_os_error()));
+    }
+    Ok((reader, writer))
+}
+
 /// Kills a process at once.
 pub(crate) fn kill(pid: i32) {
+    if keeper::line().is_some_and(|line| line.kill(pid)) {
+        return;
+    }
     // SAFETY: plain system call; the child was not reaped, so the number is still its own.
     unsafe { libc::kill(pid, libc::SIGKILL) };
+}
+
+/// Asks a process to keep its stack and end.
+pub(crate) fn abort(child: &Child) {
+    let none = std::ptr::null::<libc::siginfo_t>();
+    let fd = child.pidfd.as_raw_fd();
+    // SAFETY: plain system call on an open descriptor.
+    unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, libc::SIGABRT, none, 0) };
 }
 
 /// How a process ended.
@@ -186,12 +264,26 @@ pub(crate) fn kill(pid: i32) {
 pub(crate) enum Exit {
     Code(i32),
     Signal(i32),
+    /// It ended while nobody could be told how.
+    Unknown,
+}
+
+impl Exit {
+    /// What the kernel says.
+    fn of(status: i32) -> Self {
+        if libc::WIFSIGNALED(status) {
+            Self::Signal(libc::WTERMSIG(status))
+        } else {
+            Self::Code(libc::WEXITSTATUS(status))
+        }
+    }
 }
 
 impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let name = match *self {
             Self::Code(code) => return write!(f, "exit code {code}"),
+            Self::Unknown => "unknown: the supervisor had died",
             Self::Signal(libc::SIGKILL) => "SIGKILL",
             Self::Signal(libc::SIGSEGV) => "SIGSEGV",
             Self::Signal(libc::SIGBUS) => "SIGBUS",
@@ -215,13 +307,11 @@ pub(crate) fn reap(pid: i32, wait: bool) -> Option<Exit> {
         if got < 0 && std::io::Error::last_os_error().kind() == std::io::ErrorKind::Interrupted {
             continue;
         }
-        if got != pid {
-            return None;
+        if got == pid {
+            return Some(Exit::of(status));
         }
-        return Some(if libc::WIFSIGNALED(status) {
-            Exit::Signal(libc::WTERMSIG(status))
-        } else {
-            Exit::Code(libc::WEXITSTATUS(status))
-        });
+        // A worker that an earlier supervisor has started is waited for by the keeper.
+        let adopted = keeper::line().and_then(|line| line.end_of(pid, wait))?;
+        return Some(adopted.map_or(Exit::Unknown, Exit::of));
     }
 }

@@ -6,12 +6,13 @@
 //!
 //! Called by `launch`.
 
-#![expect(unsafe_code, reason = "epoll, eventfd, signalfd")]
+#![expect(unsafe_code, reason = "epoll, eventfd")]
 
 use crate::error::Error;
+use crate::keeper::Line;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use testudo_shm::primitive::{AtomicU32, Ordering};
+use testudo_shm::primitive::{AtomicU32, AtomicU64, Ordering};
 use testudo_shm::wait::wake_all;
 
 /// What the small thread has seen.
@@ -19,9 +20,11 @@ use testudo_shm::wait::wake_all;
 pub(crate) struct Events {
     /// Bumped at each event; the supervisor sleeps on it.
     pub(crate) word: AtomicU32,
-    /// SIGINT and SIGTERM received.
+    /// How often the job was asked to end.
     pub(crate) signals: AtomicU32,
     stop: AtomicU32,
+    /// Workers that are not to be replaced, a bit for each.
+    held: [AtomicU64; 2],
 }
 
 impl Events {
@@ -29,6 +32,28 @@ impl Events {
     pub(crate) fn bump(&self) {
         self.word.fetch_add(1, Ordering::Release);
         wake_all(&self.word);
+    }
+
+    /// Asks the job to end: to drain, or at once.
+    pub(crate) fn stop(&self, now: bool) {
+        self.signals.fetch_max(1 + u32::from(now), Ordering::AcqRel);
+        self.bump();
+    }
+
+    /// Holds successors of a worker back, or no longer.
+    pub(crate) fn hold(&self, worker: usize, is_held: bool) {
+        let (word, bit) = (&self.held[worker / 64 % 2], 1 << (worker % 64));
+        if is_held {
+            word.fetch_or(bit, Ordering::AcqRel);
+        } else {
+            word.fetch_and(!bit, Ordering::AcqRel);
+        }
+        self.bump();
+    }
+
+    /// Whether successors of a worker are held back.
+    pub(crate) fn is_held(&self, worker: usize) -> bool {
+        self.held[worker / 64 % 2].load(Ordering::Acquire) & 1 << (worker % 64) != 0
     }
 
     /// Counts a request to stop: the first drains, the second stops at once.
@@ -48,7 +73,7 @@ pub(crate) struct Watch {
 }
 
 const NOTICE: u64 = 1;
-const SIGNAL: u64 = 2;
+const LINE: u64 = 2;
 const PROCESS: u64 = 3;
 
 /// Makes a non-blocking eventfd.
@@ -66,36 +91,24 @@ fn owned(fd: i32, what: &str) -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Blocks SIGINT and SIGTERM in this thread (and those it starts) and gives a descriptor that reads
-/// them.
-pub(crate) fn signal_fd() -> Result<OwnedFd, Error> {
-    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: the set is initialised before it is used.
-    let fd = unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGINT);
-        libc::sigaddset(set.as_mut_ptr(), libc::SIGTERM);
-        libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
-        libc::signalfd(-1, set.as_ptr(), libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-    };
-    owned(fd, "signalfd")
-}
-
 impl Watch {
-    /// Starts watching; `signals` comes from [`signal_fd`] where this process is to end jobs on
-    /// signals.
-    pub(crate) fn start(events: Arc<Events>, signals: Option<OwnedFd>) -> Result<Self, Error> {
+    /// Starts watching. Workers write to `notice`; the keeper, if there is one, passes signals on.
+    pub(crate) fn start(
+        events: Arc<Events>,
+        notice: OwnedFd,
+        line: Option<&'static Line>,
+    ) -> Result<Self, Error> {
         // SAFETY: plain system call.
         let epoll = owned(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) }, "epoll_create1")?;
-        let notice = event_fd()?;
         add(&epoll, notice.as_raw_fd(), libc::EPOLLIN, NOTICE)?;
-        if let Some(signals) = &signals {
-            add(&epoll, signals.as_raw_fd(), libc::EPOLLIN, SIGNAL)?;
+        if let Some(line) = line {
+            add(&epoll, line.socket().as_raw_fd(), libc::EPOLLIN, LINE)?;
+            events.signals.fetch_add(line.take_stops(), Ordering::Release);
         }
         let poll = epoll.try_clone().map_err(|error| Error::Machine(error.to_string()))?;
         let bell = notice.try_clone().map_err(|error| Error::Machine(error.to_string()))?;
         let shared = Arc::clone(&events);
-        let run = move || watch(&poll, &bell, signals.as_ref(), &shared);
+        let run = move || watch(&poll, &bell, line, &shared);
         let thread = std::thread::Builder::new()
             .name("testudo-watch".into())
             .spawn(run)
@@ -136,24 +149,23 @@ fn add(epoll: &OwnedFd, fd: i32, events: i32, what: u64) -> Result<(), Error> {
     Ok(())
 }
 
-fn watch(epoll: &OwnedFd, notice: &OwnedFd, signals: Option<&OwnedFd>, shared: &Events) {
-    let mut buffer = [0u8; 128];
+fn watch(epoll: &OwnedFd, notice: &OwnedFd, line: Option<&Line>, shared: &Events) {
+    let mut count = 0u64;
     while shared.stop.load(Ordering::Acquire) == 0 {
         let mut ready = [libc::epoll_event { events: 0, u64: 0 }; 8];
         // SAFETY: ready has room for eight events.
-        let count = unsafe { libc::epoll_wait(epoll.as_raw_fd(), ready.as_mut_ptr(), 8, -1) };
-        for event in &ready[..usize::try_from(count).unwrap_or(0)] {
-            let from = match event.u64 {
-                NOTICE => Some(notice),
-                SIGNAL => signals,
-                _ => None,
-            };
-            if let Some(fd) = from {
-                // SAFETY: the buffer has 128 bytes, enough for one record of either descriptor.
-                let got = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), 128) };
-                if event.u64 == SIGNAL && got > 0 {
-                    shared.signals.fetch_add(1, Ordering::Release);
+        let events = unsafe { libc::epoll_wait(epoll.as_raw_fd(), ready.as_mut_ptr(), 8, -1) };
+        for event in &ready[..usize::try_from(events).unwrap_or(0)] {
+            match (event.u64, line) {
+                // SAFETY: an eventfd gives eight bytes.
+                (NOTICE, _) => unsafe {
+                    libc::read(notice.as_raw_fd(), (&raw mut count).cast(), 8);
+                },
+                (LINE, Some(line)) => {
+                    line.listen();
+                    shared.signals.fetch_add(line.take_stops(), Ordering::Release);
                 }
+                _ => {}
             }
         }
         shared.bump();

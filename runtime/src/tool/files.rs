@@ -12,15 +12,11 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::fmt::Write;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use testudo_state::checkpoint::root::{ROOTS, SLOTS};
 use testudo_state::checkpoint::store::{candidates, manifests};
 use testudo_state::checkpoint::{
     Candidate, Damage, Kind, Manifest, ManifestName, Outcome, VerifyReport, verify,
 };
-use testudo_state::disk::BLOCK;
 
 /// Commands about checkpoint folders.
 #[derive(Debug, Subcommand)]
@@ -292,28 +288,20 @@ pub(super) fn full(manifest: &Manifest) -> String {
 /// How often a folder is verified again whose job replaces checkpoints meanwhile.
 const PASSES: usize = 10;
 
-/// The root slots' bytes: others when a checkpoint was committed meanwhile.
-fn roots(dir: &Path) -> Vec<u8> {
-    let mut bytes = vec![0; SLOTS * BLOCK];
-    let read = File::open(dir.join(ROOTS)).and_then(|file| file.read_at(&mut bytes, 0));
-    bytes.truncate(read.unwrap_or(0));
-    bytes
-}
-
-/// Verifies a folder, also under the hands of its job. A file that is missing is damage only when
-/// it is still missed: the job may have retired it, after it had replaced what needed it.
+/// Verifies a folder, also under the hands of its job. What a pass finds is damage if the next pass
+/// finds it again: the job may have retired a file that is missed, or committed a manifest after
+/// the folder was listed.
 fn settled(dir: &Path) -> Result<VerifyReport, Ended> {
     let (mut disk, pool) = disk()?;
-    let mut missed: HashSet<PathBuf> = HashSet::new();
+    let mut earlier: HashSet<(PathBuf, u64)> = HashSet::new();
     for _ in 0..PASSES {
-        let before = roots(dir);
         let report = verify(&mut *disk, &pool, dir)?;
-        let gone = report.damages.iter().map(|damage| damage.file.clone());
-        let gone: HashSet<PathBuf> = gone.filter(|file| !file.exists()).collect();
-        if gone.is_subset(&missed) || roots(dir) == before {
+        let places = report.damages.iter().map(|damage| (damage.file.clone(), damage.at));
+        let places: HashSet<_> = places.collect();
+        if places.is_subset(&earlier) {
             return Ok(report);
         }
-        missed = gone;
+        earlier = places;
     }
     Err(Ended::machine(format!(
         "{}: checkpoints are replaced faster than they can be read; verify a savepoint, or the \

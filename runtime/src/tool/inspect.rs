@@ -2,12 +2,14 @@
 //! segment of a running job.
 //!
 //! Invariants: bytes of files are never believed: sizes are checked before anything is allocated,
-//! and what does not fit is said with its place. A segment is read, never mapped, and only its
-//! first page: words of a running job, each whole, not all of one moment (R23).
+//! and what does not fit is said with its place. A segment is read, never mapped: words of a
+//! running job, each whole, not all of one moment (R23); `segment` reads what is behind its first
+//! page.
 //!
 //! Called by `tool`.
 
 use super::files::full;
+use super::segment;
 use super::show::{bytes, table};
 use super::{Ended, Out, disk};
 use clap::ValueEnum;
@@ -44,7 +46,7 @@ pub(super) fn run(out: &mut Out, what: What, path: &Path) -> Result<(), Ended> {
         Ok(_) => {}
     }
     match what {
-        What::Segment => segment(out, path),
+        What::Segment => show_segment(out, path),
         What::Manifest => manifest(out, path),
         What::Root => root(out, path),
         What::Region => region(out, path),
@@ -206,6 +208,7 @@ struct Page {
     length: u64,
     /// What the segment is called, where the kernel says so.
     name: Option<String>,
+    file: File,
 }
 
 impl Page {
@@ -225,7 +228,7 @@ impl Page {
             let name = link.to_str()?.strip_prefix("/memfd:")?;
             Some(name.strip_suffix(" (deleted)").unwrap_or(name).to_owned())
         });
-        Ok(Self { bytes, length, name })
+        Ok(Self { bytes, length, name, file })
     }
 
     fn u32_at(&self, at: usize) -> u32 {
@@ -237,7 +240,7 @@ impl Page {
     }
 }
 
-fn segment(out: &mut Out, path: &Path) -> Result<(), Ended> {
+fn show_segment(out: &mut Out, path: &Path) -> Result<(), Ended> {
     let page = Page::read(path)?;
     let mut shown = match page.u64_at(0) {
         header::MAGIC if is_control(&page) => control(&page),
@@ -249,6 +252,14 @@ fn segment(out: &mut Out, path: &Path) -> Result<(), Ended> {
             return Err(Ended::refused(message));
         }
     };
+    let details = match shown["segment"].as_str() {
+        Some("worker") => Some(segment::worker(&page.file, page.length)),
+        Some("key group") => Some(segment::key_group(&page.bytes)),
+        _ => None,
+    };
+    if let (Some(shown), Some(Value::Object(details))) = (shown.as_object_mut(), details) {
+        shown.extend(details);
+    }
     shown["bytes"] = page.length.into();
     if let Some(name) = &page.name {
         shown["name"] = name.as_str().into();
@@ -275,7 +286,13 @@ fn lines(value: &Value) -> String {
     members
         .map(|(name, value)| match value.as_str() {
             Some(text) => format!("{name}: {text}\n"),
-            None => format!("{name}: {value}\n"),
+            None => match value.as_array() {
+                Some(all) => {
+                    let all = all.iter().map(|one| format!("  {one}\n"));
+                    format!("{name}:\n{}", all.collect::<String>())
+                }
+                None => format!("{name}: {value}\n"),
+            },
         })
         .collect()
 }
@@ -293,11 +310,17 @@ fn control(page: &Page) -> Value {
         "version": page.u32_at(offset_of!(ControlHeader, version)),
         "plan": hex(page.u64_at(offset_of!(ControlHeader, plan))),
         "supervisor": page.u32_at(offset_of!(ControlHeader, supervisor)),
-        "description_bytes": page.u32_at(offset_of!(ControlHeader, description_bytes)),
+        "description_bytes": description_bytes(page),
         "control": hex(word),
         "draining": word & header::control::DRAIN != 0,
         "leaving": word & header::control::LEAVE != 0,
     })
+}
+
+/// Of the slot that counts.
+fn description_bytes(page: &Page) -> u64 {
+    let slot = page.u64_at(offset_of!(ControlHeader, description)) & 1;
+    page.u64_at(offset_of!(ControlHeader, description_bytes) + 8 * slot as usize)
 }
 
 fn worker(page: &Page) -> Value {

@@ -4,7 +4,10 @@
 
 use super::jobs::{Answer, Listed};
 use crate::checkpoint::history::{Record, State};
-use crate::control::protocol::{Checkpoints, Reply, Status};
+use crate::control::history::{Event, PostMortem};
+use crate::control::protocol::{Change, Checkpoints, Replaced, Reply, Status};
+use crate::metrics::figures::ExternalState;
+use crate::slo::Promise;
 use crate::time::utc;
 use std::fmt::Write;
 
@@ -54,16 +57,108 @@ pub(super) fn reply(reply: &Reply) -> String {
         Reply::History { schedule, checkpoints } => {
             format!("{}schedule: {schedule}\n", history(checkpoints))
         }
+        Reply::Postmortem { deaths, events } => post_mortems(deaths, events),
+        Reply::Killed { worker, pid } => format!("worker {worker}: killed process {pid}\n"),
+        Reply::Restarted { workers } => replaced(workers),
+        Reply::Updated { changes, workers, .. } => self::changes(changes) + &replaced(workers),
+        Reply::Paused { still: true } => "paused: nothing moves any more\n".into(),
+        Reply::Paused { still: false } => "paused: something is still being processed\n".into(),
+        Reply::Resumed { was_paused: true } => "running again\n".into(),
+        Reply::Resumed { was_paused: false } => "running: it was not paused\n".into(),
+        Reply::Stopping { now: true } => "ending at once\n".into(),
+        Reply::Stopping { now: false } => "draining\n".into(),
+        Reply::Upgrading { program, .. } => format!("{} leads\n", program.display()),
         Reply::Error { message } => format!("{message}\n"),
     }
+}
+
+/// Deaths, each with its stack, and what followed.
+fn post_mortems(deaths: &[PostMortem], events: &[Event]) -> String {
+    if deaths.is_empty() && events.is_empty() {
+        return "no worker has died\n".into();
+    }
+    let mut text = String::new();
+    for death in deaths {
+        let (when, cause) = (utc(death.unix_ms), &death.cause);
+        let PostMortem { worker, life, pid, commits, since_commit_ms, .. } = death;
+        let _ = writeln!(text, "{when}  worker {worker}, life {life}, process {pid}: {cause}");
+        let counters: Vec<String> =
+            death.counters.iter().map(|(name, value)| format!("{name} {value}")).collect();
+        let last =
+            format!("{commits}, the last {}", micros((since_commit_ms * 1e3).max(0.0) as u64));
+        let lines = [
+            ("said", &death.message),
+            ("operator", &death.operator),
+            ("doing", &death.doing),
+            ("record", &death.record),
+            ("bytes", &death.bytes),
+            ("exit", &death.exit),
+            ("commits", &format!("{last} before")),
+            ("counters", &counters.join(", ")),
+            ("then", &death.rung),
+        ];
+        for (name, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
+            let _ = writeln!(text, "  {name:9} {}", value.replace('\n', "\n            "));
+        }
+        for (depth, frame) in death.backtrace.iter().enumerate() {
+            let _ = writeln!(text, "  {depth:4}: {frame}");
+        }
+    }
+    for Event { unix_ms, kind, worker, cause } in events {
+        let _ = writeln!(text, "{}  worker {worker}: {kind}: {cause}", utc(*unix_ms));
+    }
+    text
+}
+
+/// What an update changes besides code, one line each.
+fn changes(changes: &[Change]) -> String {
+    if changes.is_empty() {
+        return "the plan is the same; code may differ\n".into();
+    }
+    let line = |of: &Change| match of.what.as_str() {
+        "added" => format!("operator {}: added, in {}\n", of.operator, of.to),
+        "removed" => format!("operator {}: removed from {}\n", of.operator, of.from),
+        what => format!("operator {}: {what} {} becomes {}\n", of.operator, of.from, of.to),
+    };
+    changes.iter().map(line).collect()
+}
+
+/// Workers that were replaced, one line each.
+fn replaced(workers: &[Replaced]) -> String {
+    let line = |of: &Replaced| {
+        format!(
+            "worker {}: process {}, after a pause of {}\n",
+            of.worker,
+            of.pid,
+            micros(of.pause_us)
+        )
+    };
+    workers.iter().map(line).collect()
 }
 
 fn next(next_in_ms: Option<u64>) -> String {
     next_in_ms.map_or(String::new(), |ms| format!(", the next in {}", seconds(ms as f64 / 1e3)))
 }
 
+/// How the replicas of workers are.
+fn replicas(text: &mut String, status: &Status) {
+    for replica in status.figures.iter().flat_map(|figures| &figures.replicas) {
+        let how = if replica.follows { "follows" } else { "does not follow" };
+        let _ = writeln!(
+            text,
+            "  the replica of worker {} {how}: {} steps, {} comparisons, {} differences, left \
+             behind {} times",
+            replica.worker, replica.steps, replica.checks, replica.mismatches, replica.left_behind
+        );
+    }
+}
+
 fn status(status: &Status) -> String {
-    let state = if status.is_draining { "draining" } else { "running" };
+    let state = match (status.is_draining, status.is_paused) {
+        (true, _) => "draining",
+        (_, true) => "paused, up",
+        _ => "running",
+    };
     let mut text = format!(
         "{}: {state} for {}, process {}, {} workers, {} restarts\n  {} records in, {} out, {} late, \
          {} rejected, {} dropped\n",
@@ -78,8 +173,49 @@ fn status(status: &Status) -> String {
         status.rejected,
         status.dropped,
     );
+    if status.dead_lettered > 0 {
+        let _ = writeln!(text, "  {} records were put aside", status.dead_lettered);
+    }
+    if status.standbys > 0 {
+        let _ = writeln!(text, "  {} of {} standbys ready", status.standbys_ready, status.standbys);
+    }
+    replicas(&mut text, status);
+    if let Some(update) = &status.update {
+        let why = update.why.as_ref().map_or(String::new(), |why| format!(": {why}"));
+        let _ = writeln!(text, "  update to {}: {}{why}", update.program.display(), update.state);
+    }
+    for edge in status.edges.iter().filter(|edge| edge.dropped + edge.dead_lettered > 0) {
+        let _ = writeln!(
+            text,
+            "  {} -> {}: {} sent, {} processed, {} dropped, {} dead-lettered, {} in rings",
+            edge.from,
+            edge.to,
+            edge.sent,
+            edge.processed,
+            edge.dropped,
+            edge.dead_lettered,
+            edge.in_rings
+        );
+    }
+    text += &status.slo.as_ref().map_or_else(String::new, Promise::text);
     if let Some(ms) = status.watermark_ms {
         let _ = writeln!(text, "  watermark {}", utc(ms));
+    }
+    if let Some(metrics) = &status.metrics {
+        let _ = writeln!(text, "  metrics at {metrics}");
+    }
+    let external = status.figures.iter().flat_map(|figures| &figures.external);
+    for external in external.filter(|external| external.state != ExternalState::Ok) {
+        let since = utc(external.since_ms.cast_signed());
+        let state = match external.state {
+            ExternalState::Waiting => "waited for",
+            _ => "failing",
+        };
+        let _ = writeln!(
+            text,
+            "  {}: {state} since {since}, {} tries: {}",
+            external.name, external.retries, external.last_error
+        );
     }
     match &status.checkpoints {
         Some(checkpoints) => text + &self::checkpoints(checkpoints),

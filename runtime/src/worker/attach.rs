@@ -3,7 +3,7 @@
 //!
 //! Order (each step has a kill point, see `testing`):
 //! 1. map: the control segment and peers' fronts read-only, one's own segment and key groups
-//!    writable;
+//!    writable; a successor of a worker that runs then waits for its turn (`successor`);
 //! 2. claim the segment: exactly one process wins (R2); from here on this thread's death is seen in
 //!    the death words;
 //! 3. roll the undo log back, before anything looks at state (R11);
@@ -16,41 +16,56 @@
 #![expect(unsafe_code, reason = "maps segments and makes ring ends, places and state from them")]
 
 use super::StageRef;
+use super::careful::Careful;
 use super::context::{CounterPlace, Cx, InRing, OutRing};
 use super::cut::Cutter;
-use super::entry::Role;
+use super::entry::{self, EXIT_ATTACH, Role};
 use super::idle::Peer;
+use super::journal::{Leading, Pieces};
+use super::latency::Latency;
+use super::outside::Outside;
 use super::restore::Restored;
 use super::resume::Resuming;
-use super::step;
+use super::standby::{self, Leftovers};
+use super::tape::Mode;
+use super::times::Times;
+use super::warm::Fronts;
+use super::{step, successor, verify};
 use crate::checkpoint::notes::Part;
-use crate::config::{Completeness, Settings};
+use crate::config::Settings;
 use crate::error::Error;
+use crate::exchange::absent::Absent;
 use crate::exchange::inlet::Channel;
 use crate::exchange::outlet::{Lane, Outlet};
 use crate::exchange::route::{Route, owner_of};
 use crate::flow::Flow;
 use crate::operator::Intake;
+use crate::operator::migrate::{Migration, Mover};
 use crate::plan::layout::{
-    CELLS_BYTES, COUNTERS_AT, LAST_WORDS_AT, LOG_BYTES, LOG_SOFT_BYTES, RingPlan, SPILL_BYTES,
-    lanes, stride,
+    CELLS_BYTES, COUNTERS_AT, HOLDING_BYTES, JOURNAL_BYTES, LAST_WORDS_AT, LETTER_AT, LOG_BYTES,
+    LOG_SOFT_BYTES, MARKER_AT, OBITUARY_AT, ORDERS_AT, RingPlan, SPILL_BYTES, SegmentPlan, lanes,
+    stride,
 };
-use crate::plan::{CounterKind, Grouping, Plan};
+use crate::plan::{CounterKind, Grouping, Plan, WORKERS_MAX};
+use crate::sink::holding::Holding;
 use crate::source::Subtask;
 use crate::supervisor::description::Description;
 use crate::testing::{Point, point};
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 use testudo_shm::arena::{Access, Arena};
 use testudo_shm::cell::Cells;
 use testudo_shm::consumer::Consumer;
 use testudo_shm::death;
+use testudo_shm::follow::{Follower, Journal};
 use testudo_shm::header::{self, ControlHeader, CutWords, WorkerHeader, WorkerState};
 use testudo_shm::last_words::LastWords;
-use testudo_shm::primitive::{AtomicU32, Ordering};
+use testudo_shm::letter::{Letter, Orders};
+use testudo_shm::marker::Marker;
+use testudo_shm::primitive::Ordering;
 use testudo_shm::producer::Producer;
 use testudo_shm::record::Record;
 use testudo_shm::ring::RingParts;
@@ -58,7 +73,7 @@ use testudo_shm::scatter::Scatter;
 use testudo_shm::segment::Segment;
 use testudo_shm::spill::Spill;
 use testudo_shm::txn::{Place, Plain, Txn};
-use testudo_state::{Gauge, Groups, Table};
+use testudo_state::{Gauge, Groups, StateError, Table};
 
 /// A worker that has attached.
 pub struct Worker {
@@ -84,6 +99,16 @@ pub struct Worker {
     pub(crate) cutter: Option<Cutter>,
     /// What of a checkpoint is still being loaded.
     pub(crate) resuming: Resuming,
+    /// What this process had mapped of other workers while it stood by.
+    pub(crate) leftovers: Leftovers,
+    /// What its time is spent on.
+    pub(crate) times: Times,
+    /// Where the job limits how long a batch may wait.
+    pub(crate) latency: Option<Latency>,
+    /// What was migrated in this life, until it is done with.
+    pub(crate) migration: Option<Box<Migration>>,
+    /// What it tells its replica, where it is of tier 1.
+    pub(crate) leading: Option<Box<Leading>>,
 }
 
 /// The state of attaching, handed to everything that is built for this worker.
@@ -96,26 +121,41 @@ pub struct Attach {
     pub(crate) arena: &'static Arena,
     intakes: HashMap<usize, (usize, Box<dyn Any>)>,
     groups: HashMap<usize, Groups>,
+    /// How values of operators are migrated, and what was.
+    movers: HashMap<usize, Vec<Mover>>,
+    pub(crate) migration: Migration,
     gauge: Rc<Gauge>,
     pub(crate) counters: Vec<(String, CounterPlace)>,
+    /// Counters that this worker had before this process, by label.
+    labelled: OnceCell<HashMap<String, u64>>,
     /// The parts of sources that this worker reads.
     pub(crate) parts: Vec<Part>,
     /// The checkpoint that the job goes on from, while something of it is still to be taken.
     pub(crate) restored: Option<Restored>,
     /// This process brings it back first.
     pub(crate) is_first: bool,
+    /// All key groups were laid out by a predecessor.
+    is_founded: bool,
     /// Parts of sources by source and subtask, where the job goes on from a checkpoint.
     pub(crate) dealt: Vec<(String, Vec<Vec<Part>>)>,
     /// Descriptors of the group segments, by arena offset: they tell which pages are there.
     pub(crate) files: Vec<(usize, OwnedFd)>,
+    /// First pages of groups in a second mapping.
+    fronts: Fronts,
+    /// This is a replica: it writes nothing that anybody sees.
+    pub(crate) follows: bool,
 }
 
 /// What is mapped once a process has found its place.
-struct Mapped {
-    arena: &'static Arena,
-    own: &'static WorkerHeader,
-    control: &'static ControlHeader,
-    files: Vec<(usize, OwnedFd)>,
+pub(super) struct Mapped {
+    pub(super) arena: &'static Arena,
+    pub(super) own: &'static WorkerHeader,
+    pub(super) control: &'static ControlHeader,
+    pub(super) files: Vec<(usize, OwnedFd)>,
+    /// What a standby had mapped of other workers.
+    pub(super) leftovers: Leftovers,
+    /// What it has brought in of the groups.
+    pub(super) fronts: Fronts,
 }
 
 impl Attach {
@@ -125,6 +165,7 @@ impl Attach {
         description: &Description,
         control: Segment,
         flow: &Flow,
+        again: &dyn Fn() -> Flow,
     ) -> Result<(Worker, Vec<StageRef>), Error> {
         let plan = Rc::new(Plan::new(&flow.draft.borrow(), &flow.settings)?);
         if plan.hash != description.plan {
@@ -134,11 +175,17 @@ impl Attach {
                 plan.hash, description.plan
             )));
         }
+        if let Some(seat) = role.standby {
+            let (role, mapped) = standby::inherit(seat, role, description, control, &plan, again)?;
+            return Self::begin(role, description, flow, plan, mapped);
+        }
         point(Point::AttachBegin);
         let worker = role.worker;
         // The arena lives as long as the process: ring ends and places point into it.
-        let arena: &'static Arena = Box::leak(Box::new(Arena::reserve(plan.layout.arena_bytes)?));
-        let files = map_segments(arena, &plan, description, worker, &control)?;
+        let arena: &'static Arena =
+            Box::leak(Box::new(Arena::reserve(plan.layout.reserved_bytes)?));
+        let files = map_segments(arena, &plan, description, role, &control)?;
+        map_follow(arena, &plan, description, worker)?;
         let segment = &plan.layout.segments[worker];
         // SAFETY: both pages were mapped just now and stay so.
         let (own, control) = unsafe {
@@ -149,14 +196,50 @@ impl Attach {
             )
         };
         point(Point::Mapped);
-        death::claim(own, || point(Point::Claimed))
-            .map_err(|error| Error::Machine(error.to_string()))?;
-        announce(own, worker, description);
-        let words = last_words(arena, segment.at);
+        if let Some(fd) = role.succession {
+            successor::await_turn(fd, own, role.in_haste)?;
+        }
+        match death::claim(own, || point(Point::Claimed)) {
+            Ok(()) => {}
+            Err(error) => match verify::claim(worker, error) {
+                // A standby was first. It is the worker, and nothing is wrong (R2).
+                None => std::process::exit(EXIT_ATTACH),
+                Some(error) => return Err(error),
+            },
+        }
+        let (leftovers, fronts) = Default::default();
+        let mapped = Mapped { arena, own, control, files, leftovers, fronts };
+        Self::begin(role, description, flow, plan, mapped)
+    }
+
+    /// The segment was claimed: this process is the worker from here on.
+    fn begin(
+        role: Role,
+        description: &Description,
+        flow: &Flow,
+        plan: Rc<Plan>,
+        mapped: Mapped,
+    ) -> Result<(Worker, Vec<StageRef>), Error> {
+        let (arena, own) = (mapped.arena, mapped.own);
+        entry::give_way(&role, own, mapped.control);
+        let at = plan.layout.segments[role.worker].at;
+        let words = last_words(arena, at);
+        // Before this process says who it is: nothing of what speaks against the segment is
+        // overwritten.
+        let found = verify::header(own, mapped.control, &plan, role.worker);
+        let is_unborn = found.unwrap_or_else(|error| {
+            name_process(own);
+            step::give_up(own, words, &error)
+        });
+        announce(own, role, description);
+        death::tell(own);
         words.clear();
+        marker(arena, at).begin();
+        // SAFETY: the front of our own segment is mapped writable for good.
+        super::dying::watch(unsafe { header::at(arena.at(at + OBITUARY_AT)) }, words);
         // A successor would fail in the same way: the job ends, and these are the words that it
         // ends with.
-        let mapped = Mapped { arena, own, control, files };
+        let mapped = (mapped, is_unborn);
         Self::take_over(role, description, flow, plan, mapped)
             .or_else(|error| step::give_up(own, words, &error))
     }
@@ -167,36 +250,25 @@ impl Attach {
         description: &Description,
         flow: &Flow,
         plan: Rc<Plan>,
-        mapped: Mapped,
+        mapped: (Mapped, bool),
     ) -> Result<(Worker, Vec<StageRef>), Error> {
-        let Mapped { arena, own, control, files } = mapped;
+        let (Mapped { arena, own, control, files, leftovers, fronts }, is_unborn) = mapped;
         let worker = role.worker;
         let segment = &plan.layout.segments[worker];
-        let mut txn = rolled_back(arena, segment.at + segment.log, description, own)?;
-        let cells = Cells::open(&mut txn, (segment.at + segment.cells) as u64, CELLS_BYTES as u64)?;
-        let mut attach = Self {
-            cx: Cx::new(txn, !flow.settings.trust_records),
-            cells: Rc::new(cells),
-            plan: Rc::clone(&plan),
-            settings: Rc::clone(&flow.settings),
-            worker,
-            arena,
-            intakes: HashMap::new(),
-            groups: HashMap::new(),
-            gauge: Rc::new(Gauge::new(testudo_state::memory::GaugePaths::default(), None)),
-            counters: Vec::new(),
-            parts: Vec::new(),
-            restored: None,
-            is_first: false,
-            dealt: description.dealt(),
-            files,
-        };
+        let mut txn = rolled_back(arena, &plan, worker, description, own)?;
+        let cells = opened_cells(&mut txn, segment, own, is_unborn)?;
+        let mut attach = Self::over((txn, cells), &plan, arena, worker, (description, flow));
+        (attach.files, attach.fronts) = (files, fronts);
         let resuming = attach.resume(description)?;
         attach.open_rings()?;
         let stages = attach.build_stages(flow)?;
         let user_counters = attach.open_counters();
         let cutter = attach.cutter(description, own, control)?;
+        attach.cx.careful = attach.careful();
+        let latency = attach.latency();
+        let leading = attach.leading();
         attach.cx.txn.commit();
+        own.founded.store(1, Ordering::Release);
         point(Point::Opened);
         let peers = attach.peers(description);
         let mut this = Worker {
@@ -210,26 +282,119 @@ impl Attach {
             settings: Rc::clone(&flow.settings),
             user_counters,
             notice: description.notice,
-            feeds_supervisor: plan.layout.rings.iter().any(|ring| {
-                let ends = [ring.from, ring.to];
-                ends.contains(&worker) && ends.contains(&plan.supervisor())
-            }),
+            feeds_supervisor: feeds_supervisor(&plan, worker),
             event: description.events.as_ref().map(|events| events[worker]),
             cutter,
             resuming,
+            leftovers,
+            times: Times::new(&own.times),
+            latency,
+            migration: (!attach.migration.is_over()).then(|| Box::new(attach.migration)),
+            leading,
         };
-        this.cx.publish_all();
-        point(Point::Published);
-        testudo_shm::wait::ring_bell(&own.bell);
-        this.wake_everyone();
-        own.attached_ns.store(crate::time::now_ns(), Ordering::Relaxed);
-        own.state.store(WorkerState::Running as u32, Ordering::Release);
-        // A checkpoint may be due and waiting for this.
-        if this.cutter.is_some() {
-            this.notice();
-        }
-        this.resuming.begin_loading(own, this.last_words);
+        this.come_back();
         Ok((this, stages))
+    }
+
+    /// Attaching to what lies in an arena, rolled back.
+    fn over(
+        (txn, cells): (Txn, Cells),
+        plan: &Rc<Plan>,
+        arena: &'static Arena,
+        worker: usize,
+        (description, flow): (&Description, &Flow),
+    ) -> Self {
+        let segment = &plan.layout.segments[worker];
+        let mut this = Self {
+            cx: Cx::new(txn, !flow.settings.trust_records, marker(arena, segment.at)),
+            cells: Rc::new(cells),
+            plan: Rc::clone(plan),
+            settings: Rc::clone(&flow.settings),
+            worker,
+            arena,
+            intakes: HashMap::new(),
+            groups: HashMap::new(),
+            movers: movers(flow),
+            migration: Migration::default(),
+            gauge: Rc::new(Gauge::new(testudo_state::memory::GaugePaths::default(), None)),
+            counters: Vec::new(),
+            labelled: OnceCell::new(),
+            parts: Vec::new(),
+            restored: None,
+            is_first: false,
+            is_founded: false,
+            dealt: description.dealt(),
+            files: Vec::new(),
+            fronts: Fronts::default(),
+            follows: false,
+        };
+        let (own, _) = this.pages();
+        this.is_founded = own.founded.load(Ordering::Relaxed) != 0;
+        this.cx.outside = Outside::new(&own.outside, &own.times.waiting_since_ns);
+        this
+    }
+
+    /// Builds a worker over a copy of its segment and its groups: a replica, which claims nothing
+    /// and is seen by nobody.
+    pub(super) fn replica(
+        worker: usize,
+        description: &Description,
+        flow: &Flow,
+        arena: &'static Arena,
+    ) -> Result<(Worker, Vec<StageRef>), Error> {
+        let plan = Rc::new(Plan::new(&flow.draft.borrow(), &flow.settings)?);
+        let segment = &plan.layout.segments[worker];
+        let mut txn = attach_txn(arena, segment.at + segment.log);
+        let cells = (segment.at + segment.cells) as u64;
+        let cells = Cells::open(&mut txn, cells, CELLS_BYTES as u64)?;
+        let mut attach = Self::over((txn, cells), &plan, arena, worker, (description, flow));
+        attach.follows = true;
+        attach.cx.tape.mode = Mode::Tell;
+        let resuming = attach.resume(description)?;
+        if resuming.is_under_way {
+            return Err(Error::Machine("its worker has still to be loaded".into()));
+        }
+        attach.open_rings()?;
+        let stages = attach.build_stages(flow)?;
+        let user_counters = attach.open_counters();
+        attach.waited_counter();
+        attach.cx.txn.commit();
+        let supervisor = plan.layout.segments[plan.supervisor()].at;
+        let (header, last_words) = attach.pages();
+        let this = Worker {
+            // SAFETY: the fronts of all processes are mapped in this arena as in any other.
+            control: unsafe { header::at::<ControlHeader>(arena.at(supervisor)) },
+            peers: attach.peers(description),
+            cx: attach.cx,
+            header,
+            last_words,
+            groups: attach.groups.into_values().collect(),
+            core: None,
+            settings: Rc::clone(&flow.settings),
+            user_counters,
+            notice: description.notice,
+            feeds_supervisor: false,
+            event: None,
+            cutter: None,
+            resuming,
+            leftovers: Leftovers::default(),
+            times: Times::new(&header.times),
+            latency: None,
+            migration: None,
+            leading: None,
+        };
+        Ok((this, stages))
+    }
+
+    /// What this worker tells its replica, where it is of tier 1.
+    fn leading(&self) -> Option<Box<Leading>> {
+        let (journal, follower) = follow_words(self.arena, &self.plan, self.worker)?;
+        let layout = &self.plan.layout;
+        let groups = layout.groups.iter().flat_map(|laid| {
+            let held = held_groups(&self.plan, laid.operator, laid.groups, self.worker);
+            held.into_iter().map(|group| (laid.at + group * stride(laid.bytes)) as u64)
+        });
+        Some(Box::new(Leading::new(journal, follower, Pieces::new(groups.collect()))))
     }
 
     /// Builds the stages of this worker, consumers before producers, so that hand-overs find their
@@ -258,19 +423,39 @@ impl Attach {
             let name = edge_name(&plan, ring);
             let cell = self.named_cell(&format!("{name}/tail"), 0u64)?;
             let position = self.cx.txn.get(cell);
+            let parts = self.parts(ring);
+            if !self.follows {
+                check_tail(&name, &parts, position)?;
+            }
             // SAFETY: mapped by `map_segments` for good; the claim makes this the only live
-            // producer.
-            let end = unsafe { Producer::attach(self.parts(ring), position) };
-            let death = self.death_word(ring.to);
-            let out = OutRing { ring: end, cell, committed: position, peer: ring.to, death, name };
-            self.cx.out_rings.push(out);
+            // producer, and a replica fills a ring of its own.
+            let end = unsafe {
+                match self.follows {
+                    false => Producer::attach(parts, position),
+                    true => Producer::attach_as_replica(parts, position),
+                }
+            };
+            self.cx.out_rings.push(OutRing {
+                ring: end,
+                cell,
+                committed: position,
+                peer: ring.to,
+                consumer: self.may_be_absent(ring.to),
+                limit: u64::MAX,
+                name,
+            });
         }
         for ring in plan.layout.rings.iter().filter(|ring| ring.to == worker) {
             let name = edge_name(&plan, ring);
             let cell = self.named_cell(&format!("{name}/head"), [0u64; 3])?;
             let position = self.cx.txn.get(cell);
+            let parts = self.parts(ring);
+            // A replica's worker did: what is there now may be another's already.
+            if !self.follows {
+                check_head(&name, &parts, position)?;
+            }
             // SAFETY: as above, for the consumer.
-            let end = unsafe { Consumer::attach(self.parts(ring), position[0]) };
+            let end = unsafe { Consumer::attach(parts, position[0]) };
             self.cx.in_rings.push(InRing {
                 ring: Some(end),
                 cell,
@@ -284,20 +469,30 @@ impl Attach {
                 to: ring.to_subtask,
                 rest: None,
                 is_held: false,
+                follower: None,
             });
         }
         Ok(())
     }
 
-    /// The death word of a consumer for which records may be dropped.
-    fn death_word(&self, process: usize) -> Option<&'static AtomicU32> {
-        let is_partial = self.settings.completeness == Completeness::Partial;
-        if !is_partial || process == self.plan.supervisor() {
+    /// Another worker that the job does not wait for while it is down.
+    fn may_be_absent(&self, process: usize) -> Option<&'static WorkerHeader> {
+        if !self.plan.slo.is_partial() || [self.plan.supervisor(), self.worker].contains(&process) {
             return None;
         }
         let at = self.arena.at(self.plan.layout.segments[process].at);
         // SAFETY: the fronts of all workers are mapped for good and begin with their header.
-        Some(unsafe { &header::at::<WorkerHeader>(at).death[0].word })
+        Some(unsafe { header::at::<WorkerHeader>(at) })
+    }
+
+    /// The producers of an inlet's channels that hold nothing up while they are absent.
+    pub(crate) fn absent(&self, channels: &[Channel]) -> Absent {
+        let producer = |(number, channel): (usize, &Channel)| {
+            let process = self.cx.in_rings[channel.ring?].peer;
+            Some((number, self.may_be_absent(process)?))
+        };
+        let producers: Vec<_> = channels.iter().enumerate().filter_map(producer).collect();
+        Absent::new(self.plan.slo.absent_after(), channels.len(), producers)
     }
 
     fn parts(&self, ring: &RingPlan) -> RingParts {
@@ -323,6 +518,33 @@ impl Attach {
         peers.collect()
     }
 
+    /// How long batches may wait, where the job says so.
+    fn latency(&mut self) -> Option<Latency> {
+        let waited = self.waited_counter();
+        let max = self.plan.slo.max_latency?;
+        Some(Latency::new(max, &mut self.cx.out_rings, waited))
+    }
+
+    /// What the supervisor has ordered of this worker (R17).
+    fn careful(&self) -> Option<Box<Careful>> {
+        let layout = &self.plan.layout;
+        let orders = layout.segments[self.plan.supervisor()].at + ORDERS_AT;
+        let letter = layout.segments[self.worker].at + LETTER_AT;
+        // SAFETY: both fronts are mapped for good, and the plan gives these ranges to the orders
+        // and to the letter.
+        let (orders, page) = unsafe {
+            let orders = header::at::<[Orders; WORKERS_MAX]>(self.arena.at(orders));
+            (&orders[self.worker], header::at::<Letter>(self.arena.at(letter)))
+        };
+        Careful::new(orders, page, self.cx.txn.place(letter as u64))
+    }
+
+    /// The first operator of a stage: what it puts aside is counted there.
+    pub(crate) fn aside(&mut self, stage: usize) -> CounterPlace {
+        let first = self.plan.operators.iter().position(|operator| operator.stage == stage);
+        self.counter(first.unwrap_or(0), CounterKind::DeadLettered)
+    }
+
     /// Counters of operators and of the user, all of them, so that a reader finds every label.
     fn open_counters(&mut self) -> Vec<CounterPlace> {
         for operator in 0..self.plan.operators.len() {
@@ -330,6 +552,7 @@ impl Attach {
                 self.counter(operator, kind);
             }
         }
+        self.open_edge_counts();
         let first = self.plan.operators.len() * CounterKind::ALL.len();
         let names = self.plan.user_counters.clone();
         names.iter().enumerate().map(|(index, name)| self.counter_at(first + index, name)).collect()
@@ -343,16 +566,42 @@ impl Attach {
     }
 
     /// A counter of an edge: that of the last operator before it.
-    fn edge_counter(&mut self, edge: usize, kind: CounterKind) -> CounterPlace {
+    pub(crate) fn edge_counter(&mut self, edge: usize, kind: CounterKind) -> CounterPlace {
         let from = self.plan.edges[edge].from;
         let before = self.plan.operators.iter().rposition(|operator| Some(operator.stage) == from);
         self.counter(before.unwrap_or(0), kind)
     }
 
-    fn counter_at(&mut self, index: usize, label: &str) -> CounterPlace {
+    /// Where the counter of that label is, or is to be: at its place in this plan, unless another
+    /// program that ran before had it elsewhere, or something else there.
+    fn counter_slot(&self, index: usize, label: &str) -> u64 {
         let at = self.plan.layout.segments[self.worker].at + COUNTERS_AT;
-        let at = at + index * testudo_shm::counters::ENTRY;
-        let place = testudo_shm::counters::open(&mut self.cx.txn, at as u64, label);
+        let slot = |index: usize| (at + index * testudo_shm::counters::ENTRY) as u64;
+        let found = |index: usize| testudo_shm::counters::label(&self.cx.txn, slot(index));
+        let label = testudo_shm::counters::kept(label);
+        if found(index).as_deref() == Some(label) {
+            return slot(index);
+        }
+        // Places are taken from the front by plan, and from the back where that was not possible.
+        let all = 0..self.plan.layout.counters;
+        let moved = all.clone().rev().map_while(|index| Some((found(index)?, slot(index))));
+        let before = self.labelled.get_or_init(|| {
+            let used = all.map_while(|index| Some((found(index)?, slot(index))));
+            // Long labels may be alike as far as they are kept: only what was there before is
+            // moved.
+            let is_new = |at: u64| self.counters.iter().any(|(_, place)| place.offset() == at);
+            used.chain(moved.clone()).filter(|(_, at)| !is_new(*at)).collect()
+        });
+        if let Some(known) = before.get(label) {
+            return *known;
+        }
+        let last = self.plan.layout.counters - 1;
+        if found(index).is_none() { slot(index) } else { slot(last - moved.count()) }
+    }
+
+    pub(crate) fn counter_at(&mut self, index: usize, label: &str) -> CounterPlace {
+        let at = self.counter_slot(index, label);
+        let place = testudo_shm::counters::open(&mut self.cx.txn, at, label);
         if self.counters.iter().all(|(_, known)| known.offset() != place.offset()) {
             self.counters.push((label.to_owned(), place));
         }
@@ -364,7 +613,10 @@ impl Attach {
     }
 
     pub(crate) fn source_subtasks(&self) -> usize {
-        self.plan.source_subtasks()
+        match self.dealt.iter().map(|(_, subtasks)| readers(subtasks)).sum() {
+            0 => self.plan.source_subtasks(),
+            readers => readers,
+        }
     }
 
     /// The subtask of a stage that this worker runs.
@@ -446,6 +698,7 @@ impl Attach {
         }
         Ok(Outlet {
             marked: vec![i64::MIN; lanes.len()],
+            beginnings: self.cx.beginnings,
             scatter: Scatter::new(lanes.len()),
             lanes,
             spills,
@@ -456,9 +709,25 @@ impl Attach {
                 None => self.named_cell(&format!("{name}/watermark"), i64::MIN)?,
             },
             ended: self.named_cell(&format!("{name}/ended"), 0u64)?,
-            dropped: self.edge_counter(edge, CounterKind::Dropped),
+            account: self.sending(edge),
+            void: vec![false; targets.len()],
             name: format!("exchange to {}", edge_target(&plan, edge)),
         })
+    }
+
+    /// Where a sink's output is kept while it cannot be written.
+    pub(crate) fn holding(&mut self, operator: usize) -> Result<Holding, Error> {
+        let plan = Rc::clone(&self.plan);
+        let mut own = plan.layout.holdings.iter().filter(|holding| holding.worker == self.worker);
+        let Some(laid) = own.find(|holding| holding.operator == operator) else {
+            return Err(Error::Plan(format!("operator {operator} is no sink of this worker")));
+        };
+        let base = self.arena.at(plan.layout.segments[self.worker].at + laid.offset);
+        let name = format!("{}/held", plan.operators[operator].uid());
+        // SAFETY: the plan gives this range of our own segment to this sink alone.
+        let spill =
+            unsafe { Spill::attach(&mut self.cx.txn, &self.cells, &name, base, HOLDING_BYTES) };
+        Ok(Holding::new(spill?))
     }
 
     fn out_ring(&self, edge: usize, to: usize) -> Result<usize, Error> {
@@ -531,16 +800,29 @@ impl Attach {
         // State by subtask is one group, whatever the key: each subtask's is whole in itself.
         let is_whole = state.grouping == Grouping::BySubtask;
         let count = if is_whole { 1 } else { laid.groups as u32 };
-        let groups = Groups::new(&spec.name, count, state.schema, Rc::clone(&self.gauge));
+        let groups = Groups::new(&spec.name, count, state.of_groups(), Rc::clone(&self.gauge));
+        if plan.layout.follow(self.worker).is_some() {
+            groups.read_ahead();
+        }
         for group in held_groups(&plan, laid.operator, laid.groups, self.worker) {
             let number = if is_whole { 0 } else { group as u32 };
             let base = self.arena.at(laid.at + group * stride(laid.bytes));
             // SAFETY: mapped writable by `map_segments`, for this worker alone, for good; the log
             // was rolled back.
-            let done = unsafe { groups.attach(&mut self.cx.txn, number, base, laid.bytes) };
-            done.map_err(|error| Error::job(&spec.name, error.to_string()))?;
+            let done = unsafe {
+                let txn = &mut self.cx.txn;
+                if self.is_founded {
+                    let at = laid.at + group * stride(laid.bytes);
+                    groups.attach_again(txn, number, (base, laid.bytes), self.fronts.of(at))
+                } else {
+                    groups.attach(txn, number, base, laid.bytes)
+                }
+            };
+            done.map_err(|error| verify::group(&spec.name, &error))?;
         }
         self.groups.insert(operator, groups.clone());
+        let movers = self.movers.remove(&operator).unwrap_or_default();
+        self.migrate(operator, &groups, &movers)?;
         Ok(groups)
     }
 
@@ -551,9 +833,19 @@ impl Attach {
         name: &str,
     ) -> Result<Table<K, V>, Error> {
         let groups = self.groups(operator)?;
-        groups
-            .table(&mut self.cx.txn, name)
-            .map_err(|error| Error::job(&self.operator_name(operator), error.to_string()))
+        let table = groups.table(&mut self.cx.txn, name);
+        table.map_err(|error| self.unopened(operator, &error))
+    }
+
+    /// A state that cannot be opened. What a worker has left in other types than this program's,
+    /// which its supervisor found to fit, is as good as damaged: perhaps nobody is left who knows
+    /// that an update is being rolled back.
+    pub(crate) fn unopened(&self, operator: usize, error: &StateError) -> Error {
+        let is_left = self.is_founded && self.restored.is_none();
+        match error {
+            StateError::StateSchema { .. } if is_left => Error::Unsound(error.to_string()),
+            _ => Error::job(&self.operator_name(operator), error.to_string()),
+        }
     }
 }
 
@@ -601,9 +893,30 @@ impl Attach {
 }
 
 impl Worker {
+    /// All is open: peers hear of it.
+    fn come_back(&mut self) {
+        self.publish_again();
+        self.header.attached_ns.store(crate::time::now_ns(), Ordering::Relaxed);
+        self.header.state.store(WorkerState::Running as u32, Ordering::Release);
+        // A checkpoint may be due and waiting for this.
+        if self.cutter.is_some() {
+            self.notice();
+        }
+        self.resuming.begin_loading(self.header, self.last_words);
+    }
+
     /// Tells the supervisor to look at this worker's state.
     pub(crate) fn notice(&self) {
         testudo_shm::wait::wake_event(self.notice);
+    }
+
+    /// Publishes every position again and rings every bell: the dead may have committed without
+    /// doing so.
+    fn publish_again(&mut self) {
+        self.cx.publish_all();
+        point(Point::Published);
+        testudo_shm::wait::ring_bell(&self.header.bell);
+        self.wake_everyone();
     }
 
     /// Wakes every peer, asleep or not.
@@ -614,6 +927,23 @@ impl Worker {
             }
         }
     }
+}
+
+/// How values are migrated, by operator.
+fn movers(flow: &Flow) -> HashMap<usize, Vec<Mover>> {
+    let mut movers = HashMap::<usize, Vec<Mover>>::new();
+    for (operator, mover) in flow.draft.borrow_mut().movers.drain(..) {
+        movers.entry(operator).or_default().push(mover);
+    }
+    movers
+}
+
+/// Whether a ring leads from a worker to the supervisor, or back.
+fn feeds_supervisor(plan: &Plan, worker: usize) -> bool {
+    plan.layout.rings.iter().any(|ring| {
+        let ends = [ring.from, ring.to];
+        ends.contains(&worker) && ends.contains(&plan.supervisor())
+    })
 }
 
 /// The groups of an operator that a worker holds.
@@ -631,6 +961,11 @@ pub(crate) fn held_groups(
         Some(Grouping::BySubtask) => vec![subtask.index],
         _ => (0..groups).filter(|g| owner_of(*g, groups, subtask.count) == subtask.index).collect(),
     }
+}
+
+/// Subtasks that have a part of their source to read.
+pub(crate) fn readers(subtasks: &[Vec<Part>]) -> usize {
+    subtasks.iter().filter(|parts| !parts.is_empty()).count()
 }
 
 /// Where a ring lies in this process.
@@ -674,10 +1009,15 @@ fn map_segments(
     arena: &Arena,
     plan: &Plan,
     description: &Description,
-    worker: usize,
+    role: Role,
     control: &Segment,
 ) -> Result<Vec<(usize, OwnedFd)>, Error> {
-    let layout = &plan.layout;
+    let (layout, worker) = (&plan.layout, role.worker);
+    let warm = |fd: BorrowedFd<'_>, from, len, at| {
+        if role.succession.is_some() {
+            successor::warm(arena, fd, from, len, at);
+        }
+    };
     let mut groups = Vec::new();
     let supervisor = plan.supervisor();
     let mut files: HashMap<usize, OwnedFd> = HashMap::new();
@@ -690,15 +1030,12 @@ fn map_segments(
         if process == supervisor {
             arena.map(control.fd(), 0, segment.front, segment.at, Access::Peer)?;
         } else if process == worker {
-            arena.map(
-                files[&process].as_fd(),
-                0,
-                segment.private_end,
-                segment.at,
-                Access::Owner,
-            )?;
+            let fd = files[&process].as_fd();
+            arena.map(fd, 0, segment.private_end, segment.at, Access::Owner)?;
+            warm(fd, 0, segment.private_end, segment.at);
         } else {
             arena.map(files[&process].as_fd(), 0, segment.front, segment.at, Access::Peer)?;
+            warm(files[&process].as_fd(), 0, segment.front, segment.at);
         }
     }
     for ring in layout.rings.iter().filter(|ring| ring.from == worker || ring.to == worker) {
@@ -708,6 +1045,7 @@ fn map_segments(
         if description.settings.huge_pages {
             arena.advise_huge(ring.at, 2 * ring.bytes);
         }
+        warm(fd, ring.data, ring.bytes, ring.at);
     }
     for (laid, fds) in layout.groups.iter().zip(&description.groups) {
         for group in held_groups(plan, laid.operator, laid.groups, worker) {
@@ -718,6 +1056,7 @@ fn map_segments(
             if description.settings.huge_pages {
                 arena.advise_huge(at, laid.bytes);
             }
+            warm(fd.as_fd(), 0, laid.bytes, at);
             if description.checkpoints.is_some() {
                 groups.push((at, fd));
             }
@@ -746,20 +1085,60 @@ pub(crate) fn attach_private(
     unsafe { groups.attach(txn, 0, txn.base().add(at), bytes) }
 }
 
+/// Verifies where this worker's end of a ring stands that it fills: what lies between what it had
+/// published and what it had committed are frames.
+fn check_tail(edge: &str, parts: &RingParts, position: u64) -> Result<(), Error> {
+    // SAFETY: the word is in our own front, and the data mapped by `map_segments` for good; nobody
+    // writes there but us.
+    let (published, walked) = unsafe {
+        let published = parts.tail.as_ref().load(Ordering::Relaxed);
+        (published, parts.walk(published, position))
+    };
+    verify::position(edge, position, published, walked)
+}
+
+/// The same for a ring that it empties; also how far it is in the frame there.
+fn check_head(edge: &str, parts: &RingParts, position: [u64; 3]) -> Result<(), Error> {
+    let [at, bytes, count] = position;
+    // SAFETY: as above; the producer writes nothing before this head is published.
+    let (published, walked, frame) = unsafe {
+        let published = parts.head.as_ref().load(Ordering::Relaxed);
+        let tail = parts.tail.as_ref().load(Ordering::Acquire);
+        (published, parts.walk(published, at), parts.frame_at(at, tail))
+    };
+    verify::position(edge, at, published, walked)?;
+    verify::inner(edge, (bytes, count), frame)
+}
+
+/// The directory of cells; an empty one in a segment that was never in use.
+fn opened_cells(
+    txn: &mut Txn,
+    segment: &SegmentPlan,
+    own: &WorkerHeader,
+    is_unborn: bool,
+) -> Result<Cells, Error> {
+    let at = (segment.at + segment.cells) as u64;
+    verify::founded(own, is_unborn, Cells::is_unmade(txn, at))?;
+    Ok(Cells::open(txn, at, CELLS_BYTES as u64)?)
+}
+
 /// The transaction, with what a predecessor left open undone.
 fn rolled_back(
     arena: &'static Arena,
-    log: usize,
+    plan: &Plan,
+    worker: usize,
     description: &Description,
     own: &WorkerHeader,
 ) -> Result<Txn, Error> {
-    let mut txn = attach_txn(arena, log);
+    let segment = &plan.layout.segments[worker];
+    let mut txn = attach_txn(arena, segment.at + segment.log);
+    let writes = verify::Own::new(plan, worker);
     if description.checkpoints.is_some() {
         txn.track()?;
     }
-    let undone = txn.roll_back_with(|| point(Point::RollingBack)).map_err(|word| {
-        Error::Machine(format!("the undo log of this worker is damaged (word {word:#x})"))
-    })?;
+    let is_own = |offset, bytes| writes.holds(offset, bytes);
+    let undone = txn.roll_back_with(is_own, || point(Point::RollingBack));
+    let undone = undone.map_err(verify::log)?;
     own.rolled_back.store(undone, Ordering::Relaxed);
     point(Point::RolledBack);
     Ok(txn)
@@ -771,6 +1150,48 @@ fn attach_txn(arena: &'static Arena, log: usize) -> Txn {
     unsafe { Txn::attach(arena.base(), arena.len(), arena.at(log), LOG_BYTES, LOG_SOFT_BYTES) }
 }
 
+/// What a worker of tier 1 and its replica tell each other; `None` for a worker of another tier.
+pub(crate) fn follow_words(
+    arena: &'static Arena,
+    plan: &Plan,
+    worker: usize,
+) -> Option<(Journal, Follower)> {
+    let laid = plan.layout.follow(worker)?;
+    // SAFETY: workers and replicas map both for good, where the plan has them.
+    unsafe {
+        let journal = Journal::at(arena.at(laid.journal), JOURNAL_BYTES);
+        Some((journal, Follower::at(arena.at(laid.follower), laid.rings)))
+    }
+}
+
+/// Maps what a worker of tier 1 and its replica tell each other, as the worker has it.
+fn map_follow(
+    arena: &Arena,
+    plan: &Plan,
+    description: &Description,
+    worker: usize,
+) -> Result<(), Error> {
+    let Some(laid) = plan.layout.follow(worker) else { return Ok(()) };
+    let found = description.follows.iter().find(|fds| fds.worker == worker);
+    let fds = found.ok_or_else(|| {
+        Error::Plan(format!("worker {worker} is of tier 1, and was not when the job was started"))
+    })?;
+    // SAFETY: the supervisor left both open for this process; each is taken once.
+    let (journal, follower) = unsafe {
+        (OwnedFd::from_raw_fd(fds.journal.owner), OwnedFd::from_raw_fd(fds.follower.peer))
+    };
+    arena.map(journal.as_fd(), 0, JOURNAL_BYTES, laid.journal, Access::Owner)?;
+    arena.map(follower.as_fd(), 0, laid.follower_bytes(), laid.follower, Access::Peer)?;
+    Ok(())
+}
+
+/// What the worker whose segment is at an arena offset says about what it is doing.
+pub(crate) fn marker(arena: &'static Arena, segment: usize) -> &'static Marker {
+    // SAFETY: the front of every worker's segment is mapped for good, and the plan gives this range
+    // of it to the marker.
+    unsafe { header::at::<Marker>(arena.at(segment + MARKER_AT)) }
+}
+
 /// The page of last words in the segment at an arena offset.
 pub(crate) fn last_words(arena: &'static Arena, segment: usize) -> &'static LastWords {
     // SAFETY: the front of every worker's segment is mapped for good, and this page of it is one of
@@ -778,14 +1199,23 @@ pub(crate) fn last_words(arena: &'static Arena, segment: usize) -> &'static Last
     unsafe { header::at::<LastWords>(arena.at(segment + LAST_WORDS_AT)) }
 }
 
+/// Writes which process this is.
+fn name_process(header: &WorkerHeader) {
+    header.started.store(crate::keeper::own_start(), Ordering::Relaxed);
+    header.pid.store(std::process::id(), Ordering::Release);
+}
+
 /// Writes who we are into the header, right after the claim.
-fn announce(header: &WorkerHeader, worker: usize, description: &Description) {
+fn announce(header: &WorkerHeader, role: Role, description: &Description) {
     header.magic.store(header::MAGIC, Ordering::Relaxed);
     header.version.store(header::LAYOUT_VERSION, Ordering::Relaxed);
-    header.worker.store(worker as u32, Ordering::Relaxed);
+    header.worker.store(role.worker as u32, Ordering::Relaxed);
     header.plan.store(description.plan, Ordering::Relaxed);
-    header.incarnation.fetch_add(1, Ordering::Relaxed);
-    header.pid.store(std::process::id(), Ordering::Relaxed);
+    // Also where the segment was emptied, a life has a number that none before it had.
+    let lives = header.incarnation.load(Ordering::Relaxed).max(role.life);
+    header.incarnation.store(lives + 1, Ordering::Release);
+    name_process(header);
+    header.before_ns.store(header.commit_ns.load(Ordering::Relaxed), Ordering::Relaxed);
     header.first_commit_ns.store(0, Ordering::Relaxed);
     header.attached_ns.store(0, Ordering::Relaxed);
     header.sleeping.store(0, Ordering::Relaxed);

@@ -9,13 +9,20 @@
 //!
 //! Called by every operator; driven by `step`.
 
+use super::careful::Careful;
+use super::outside::Outside;
+use super::tape::Tape;
 use crate::error::Error;
+use crate::exchange::absent::is_down;
 use crate::sink::AtCut;
 use std::cell::RefCell;
 use std::fs::File;
 use std::rc::Rc;
+use std::time::Duration;
 use testudo_shm::consumer::Consumer;
-use testudo_shm::primitive::AtomicU32;
+use testudo_shm::header::WorkerHeader;
+use testudo_shm::marker::Marker;
+use testudo_shm::primitive::{AtomicU64, Ordering};
 use testudo_shm::producer::Producer;
 use testudo_shm::record::Scratch;
 use testudo_shm::txn::{Place, Txn};
@@ -23,11 +30,22 @@ use testudo_shm::txn::{Place, Txn};
 /// The files that a sink writes at the moment, shared with the cut that syncs them.
 pub type SharedFiles = Rc<RefCell<Vec<File>>>;
 
-/// Records that one ring may give in one step, so that no channel starves the others.
-pub(crate) const TURN: usize = 2048;
+/// Records that one ring may give in one step, so that no channel starves the others: enough that a
+/// step costs nothing beside them, and no more, since the successor of a worker that dies in a step
+/// takes them all back, with a page fault for nearly each.
+pub(crate) const TURN: usize = 512;
 
 /// The same in a process's first step; doubled with each that follows.
-const FIRST_TURN: usize = 64;
+const FIRST_TURN: usize = 1;
+
+/// Longest sleep: what wakes a worker is a bell; this only bounds the harm of a missed one.
+const SLEEP_MAX: Duration = Duration::from_millis(100);
+
+/// The same while it may be waiting for a consumer that is dead.
+const WAITING_MAX: Duration = Duration::from_millis(1);
+
+/// The same while producers wait for what a replica has still to read.
+const REPLICA_MAX: Duration = Duration::from_micros(100);
 
 /// A counter's cell.
 pub type CounterPlace = Place<u64>;
@@ -40,19 +58,29 @@ pub struct OutRing {
     pub(crate) committed: u64,
     /// Index of the consuming process in the worker's list of peers.
     pub(crate) peer: usize,
-    /// The consumer's death word, where records may be dropped while it is dead (partial
-    /// completeness).
-    pub(crate) death: Option<&'static AtomicU32>,
+    /// The consumer, where records may be dropped while it is down (partial completeness).
+    pub(crate) consumer: Option<&'static WorkerHeader>,
+    /// Bytes that may wait in the ring, where the job limits how long they do.
+    pub(crate) limit: u64,
     /// What errors call this edge.
     pub(crate) name: String,
 }
 
 impl OutRing {
-    /// Whether records that do not fit are to be dropped: the consumer is dead, and the job does
-    /// not wait for it.
-    #[cold]
+    /// Whether records that do not fit are to be dropped: the consumer is down, and the job does
+    /// not wait for it. R1: its own header says so, whether there is a supervisor or not.
+    #[inline(always)]
     pub(crate) fn drops(&self) -> bool {
-        self.death.is_some_and(testudo_shm::death::is_dead)
+        self.consumer.is_some_and(is_down)
+    }
+
+    /// Whether as much waits here as may.
+    #[inline(always)]
+    pub(crate) fn is_at_limit(&mut self) -> bool {
+        self.ring.backlog() > self.limit && {
+            self.ring.refresh();
+            self.ring.backlog() > self.limit
+        }
     }
 }
 
@@ -78,6 +106,9 @@ pub struct InRing {
     pub(crate) rest: Option<Origin>,
     /// A cut still needs what lies behind the published head: the head stands still (R15).
     pub(crate) is_held: bool,
+    /// How far the replica has read, where one follows: what it has not read stays where it is
+    /// (R21).
+    pub(crate) follower: Option<&'static AtomicU64>,
 }
 
 /// Whose frames the rest of an earlier run are.
@@ -90,12 +121,26 @@ pub(crate) enum Origin {
 }
 
 impl InRing {
+    /// Gives back what was taken, as far as a replica has read it too. True when that is something.
+    #[inline]
+    fn give_back(&mut self) -> bool {
+        match (&mut self.ring, self.follower) {
+            (Some(ring), None) => ring.publish(),
+            (Some(ring), Some(follower)) => {
+                return ring.publish_to(follower.load(Ordering::Acquire));
+            }
+            (None, _) => {}
+        }
+        true
+    }
+
     /// No cut needs the head to stand still any more.
     pub(crate) fn let_go(&mut self) {
         self.is_held = false;
     }
 
-    fn position(&self) -> InPosition {
+    /// Where it stands.
+    pub(crate) fn position(&self) -> InPosition {
         let head = self.ring.as_ref().map_or(self.committed[0], Consumer::position);
         [head, self.inner_bytes, self.inner_count]
     }
@@ -129,12 +174,29 @@ pub struct Cx {
     /// Latest watermark that an event-time operator or an inlet noted: for people, not for
     /// decisions.
     pub(crate) watermark: i64,
+    /// A source has no room for what it could read in this step.
+    pub(crate) is_pressed: bool,
+    /// How the systems are that this worker reads from and writes to.
+    pub(crate) outside: Outside,
+    /// Says what this worker is doing.
+    pub(crate) marker: &'static Marker,
+    /// While each transaction takes one record (R17).
+    pub(crate) careful: Option<Box<Careful>>,
+    /// What sources gave in this step, for a replica.
+    pub(crate) tape: Tape,
+    /// Turns of the loop: whose turn it is among the inputs of a stage.
+    pub(crate) rotation: usize,
+    /// How often this process was to go on as if it had just attached: what it remembers besides
+    /// its state (marks that were sent, whose turn it is) is forgotten.
+    pub(crate) beginnings: u64,
     scratch: Vec<Scratch>,
 }
 
 impl Cx {
-    pub(crate) fn new(txn: Txn, validate: bool) -> Self {
+    pub(crate) fn new(txn: Txn, validate: bool, marker: &'static Marker) -> Self {
         Self {
+            marker,
+            careful: None,
             txn,
             out_rings: Vec::new(),
             in_rings: Vec::new(),
@@ -149,6 +211,11 @@ impl Cx {
             sinks: Vec::new(),
             validate,
             watermark: 0,
+            is_pressed: false,
+            outside: Outside::default(),
+            tape: Tape::default(),
+            rotation: 0,
+            beginnings: 0,
             scratch: Vec::new(),
         }
     }
@@ -214,6 +281,17 @@ impl Cx {
         })
     }
 
+    /// How long this worker may sleep without looking: what it waits for may have died, and a dead
+    /// consumer rings no bell (partial completeness).
+    pub(crate) fn patience(&self) -> Duration {
+        let waits =
+            |out: &OutRing| out.consumer.is_some() && 2 * out.ring.backlog() > out.ring.capacity();
+        if self.waits_for_replica() {
+            return REPLICA_MAX;
+        }
+        if self.out_rings.iter().any(waits) { WAITING_MAX } else { SLEEP_MAX }
+    }
+
     /// Writes the cells of every ring position that moved.
     #[inline]
     pub(crate) fn save_positions(&mut self) {
@@ -246,15 +324,26 @@ impl Cx {
         for input in &mut self.in_rings {
             let position = input.position();
             if position != input.committed {
-                if position[0] != input.committed[0] && !input.is_held {
-                    if let Some(ring) = &mut input.ring {
-                        ring.publish();
-                    }
+                if position[0] != input.committed[0] && !input.is_held && input.give_back() {
                     touched(input.peer);
                 }
                 input.committed = position;
             }
         }
+    }
+
+    /// Whether a position is another than the committed one, be it by a mark that changed nothing
+    /// else: whatever is published outside a step was committed (R6).
+    pub(crate) fn has_moved(&self) -> bool {
+        self.out_rings.iter().any(|out| out.ring.position() != out.committed)
+            || self.in_rings.iter().any(|input| input.position() != input.committed)
+    }
+
+    /// Whether something is there to be taken, and was not in a step that did nothing else: what is
+    /// behind has no room.
+    pub(crate) fn is_pressed(&self) -> bool {
+        let rings = self.in_rings.iter().filter_map(|input| input.ring.as_ref());
+        self.is_pressed || rings.map(Consumer::backlog).any(|bytes| bytes > 0)
     }
 
     /// Whether all that was in flight when the job was stopped is taken.
@@ -266,13 +355,17 @@ impl Cx {
     /// Between steps: gives back what was taken while a cut needed the head to stand still.
     pub(crate) fn publish_held(&mut self, mut touched: impl FnMut(usize)) {
         for input in self.in_rings.iter_mut().filter(|input| !input.is_held) {
-            if let Some(ring) = &mut input.ring
-                && ring.is_unpublished()
-            {
-                ring.publish();
+            if input.ring.as_ref().is_some_and(Consumer::is_unpublished) && input.give_back() {
                 touched(input.peer);
             }
         }
+    }
+
+    /// Whether something waits to be given back until a replica has read it.
+    pub(crate) fn waits_for_replica(&self) -> bool {
+        self.in_rings.iter().any(|input| {
+            input.follower.is_some() && input.ring.as_ref().is_some_and(Consumer::is_unpublished)
+        })
     }
 
     /// Publishes everything again: on attach, since the dead may have committed without publishing.
@@ -296,7 +389,8 @@ impl Cx {
             r.ring.as_ref().and_then(Consumer::fault).map(|fault| (&r.name, fault))
         });
         outs.chain(ins).next().map(|(name, fault)| {
-            Error::job(name, format!("the ring is damaged and was quarantined: {fault}"))
+            let what = format!("the ring is damaged and was quarantined: {fault}");
+            Error::Unsound(format!("exchange {name}: {what}"))
         })
     }
 }

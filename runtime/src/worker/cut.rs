@@ -20,6 +20,7 @@
 //! Called by the step loop: `boundary` before anything is taken, `advance` after the publication.
 
 use super::context::{Cx, InRing, Origin};
+use super::restore::Checkpoints;
 use super::save::{Saved, Saver};
 use crate::checkpoint::notes::{self, Flight, Notes, Part, Shape, Spilled};
 use crate::sink::Cut;
@@ -28,11 +29,10 @@ use crate::time::{now_ns, thread_ns};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::rc::Rc;
 use testudo_shm::cell::Cells;
 use testudo_shm::header::{CutFailure, CutWords, RegionWords};
-use testudo_shm::primitive::Ordering;
+use testudo_shm::primitive::{AtomicU64, Ordering};
 use testudo_shm::txn::{Place, Txn};
 use testudo_state::checkpoint::index::{FileRef, SegmentEntry, SegmentKey};
 use testudo_state::checkpoint::region::{RegionHeader, RegionWriter, blob_block};
@@ -75,12 +75,15 @@ pub(crate) struct CutPlan {
     pub(crate) incarnation: u64,
     pub(crate) shape: u64,
     pub(crate) was: Shape,
-    pub(crate) folder: PathBuf,
+    /// Where files go.
+    pub(crate) checkpoints: Checkpoints,
     /// Copies of blocks at most, in blocks.
     pub(crate) copies_max: usize,
     pub(crate) cells: Rc<Cells>,
     pub(crate) counters: Vec<(String, Place<u64>)>,
     pub(crate) parts: Vec<Part>,
+    /// Schemas of operators' state, by uid.
+    pub(crate) states: Vec<(String, u64)>,
     /// By arena offset, ascending.
     pub(crate) held: Vec<Held>,
     /// The words of each input ring's producer; `None` for a process that is no worker.
@@ -219,6 +222,14 @@ impl Ledger {
         (is_wasteful && count > 1).then_some(number as u32)
     }
 
+    /// All pages whose newest bytes are in some file.
+    fn all(&self) -> impl Iterator<Item = (usize, u64)> {
+        self.pages.iter().enumerate().flat_map(|(segment, pages)| {
+            let saved = pages.iter().enumerate().filter(|(_, at)| **at != NOWHERE);
+            saved.map(move |(page, _)| (segment, page as u64))
+        })
+    }
+
     /// The pages whose newest bytes are in a file.
     fn live(&self, file: u32) -> impl Iterator<Item = (usize, u64)> {
         self.pages.iter().enumerate().flat_map(move |(segment, pages)| {
@@ -234,6 +245,9 @@ pub(crate) struct Cutter {
     plan: CutPlan,
     region: &'static RegionWords,
     words: &'static CutWords,
+    /// The supervisor's word on where files go, and what it was for the last cut.
+    folder: &'static AtomicU64,
+    folder_was: u64,
     saver: Saver,
     /// The latest cut that this worker has taken part in, or joined the job at.
     epoch: u64,
@@ -249,8 +263,7 @@ impl Cutter {
     /// Joins: a cut that is open at this moment is not for this incarnation.
     pub(crate) fn new(
         plan: CutPlan,
-        region: &'static RegionWords,
-        words: &'static CutWords,
+        (region, words, folder): (&'static RegionWords, &'static CutWords, &'static AtomicU64),
         saver: Saver,
         ledger: Ledger,
         txn: &mut Txn,
@@ -261,8 +274,26 @@ impl Cutter {
         txn.with_tracker(|tracker| tracker.count_from(first));
         let epoch = region.epoch.load(Ordering::Acquire);
         words.joined.store(epoch, Ordering::Release);
-        let (committed, unsettled) = (0, false);
-        Self { plan, region, words, saver, epoch, committed, unsettled, ledger, open: None }
+        let folder_was = plan.checkpoints.from;
+        Self {
+            plan,
+            region,
+            words,
+            folder,
+            folder_was,
+            saver,
+            epoch,
+            committed: 0,
+            unsettled: false,
+            ledger,
+            open: None,
+        }
+    }
+
+    /// The latest cut that is behind this worker: one that it has taken part in, joined the job at,
+    /// or went on from.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.max(self.region.good.load(Ordering::Acquire))
     }
 
     /// Whether a cut of this worker is open: the worker then must not sleep for long.
@@ -273,6 +304,27 @@ impl Cutter {
     /// Sleeps a moment, while there is nothing else to do.
     pub(crate) fn wait(&mut self) {
         self.saver.wait(std::time::Duration::from_micros(50));
+    }
+
+    /// What is noted in the file besides state; nothing of what is in flight is known yet.
+    fn notes(&self, txn: &Txn, spills: Vec<Spilled>) -> Notes {
+        let counters = self.plan.counters.iter();
+        Notes {
+            version: notes::VERSION,
+            worker: self.plan.worker,
+            shape: self.plan.shape,
+            was: self.plan.was.clone(),
+            counters: counters.map(|(label, at)| (label.clone(), txn.get(*at))).collect(),
+            flights: Vec::new(),
+            spills,
+            parts: self.plan.parts.clone(),
+            states: self.plan.states.clone(),
+        }
+    }
+
+    /// Whether a cut begins with this worker's next step.
+    pub(crate) fn is_due(&self) -> bool {
+        self.region.epoch.load(Ordering::Acquire) != self.epoch
     }
 
     /// Whether something waits for this worker's next step: it then must not sleep.
@@ -286,10 +338,7 @@ impl Cutter {
     #[inline]
     pub(crate) fn boundary(&mut self, cx: &mut Cx, is_done: impl Fn(&Cx) -> bool) -> bool {
         let good = self.region.good.load(Ordering::Acquire);
-        let commits = good != self.committed;
-        if commits {
-            self.commit(cx, good);
-        }
+        let commits = good != self.committed && self.commit(cx, good);
         let epoch = self.region.epoch.load(Ordering::Acquire);
         if epoch != self.epoch && cx.failure.is_none() {
             let is_last = is_done(cx);
@@ -301,20 +350,25 @@ impl Cutter {
     /// A complete checkpoint holds the cut `good`. Outside of the step's transaction: a successor
     /// does it again (R13).
     #[cold]
-    fn commit(&mut self, cx: &mut Cx, good: u64) {
+    fn commit(&mut self, cx: &mut Cx, good: u64) -> bool {
         point(Point::Committing);
         let sinks = std::mem::take(&mut cx.sinks);
-        sinks.iter().for_each(|sink| sink.commit(cx, good));
+        let mut is_done = true;
+        for sink in &sinks {
+            is_done &= sink.commit(cx, good);
+        }
         cx.sinks = sinks;
-        if cx.failure.is_none() {
+        if cx.failure.is_none() && is_done {
             point(Point::SinksCommitted);
             self.committed = good;
             self.words.committed.store(good, Ordering::Release);
         }
+        is_done
     }
 
     /// A cut begins while the last one, which was given up, is not closed yet: what this worker
-    /// takes until it is may be sent after its sender's cut, so it takes no part.
+    /// takes until it is may be sent after its sender's cut, so it takes no part. Nor does it while
+    /// output of a committed step is not written yet.
     fn miss(&mut self, cx: &mut Cx, epoch: u64) {
         self.give_up(cx, CutFailure::Peer);
         self.epoch = epoch;
@@ -324,7 +378,7 @@ impl Cutter {
     #[cold]
     fn begin(&mut self, cx: &mut Cx, cut: Cut) {
         let epoch = cut.epoch;
-        if self.open.is_some() {
+        if self.open.is_some() || cx.sinks.iter().any(|sink| sink.holds_output()) {
             return self.miss(cx, epoch);
         }
         let begun_cpu = thread_ns();
@@ -344,22 +398,16 @@ impl Cutter {
         };
         let mut writer = RegionWriter::new(header);
         let least = cx.txn.with_tracker(|tracker| tracker.counted()).unwrap_or(0) as u64;
-        let (spills, pages, also) = self.list_segments(&cx.txn, &mut writer);
+        let (spills, pages, mut also) = self.list_segments(&cx.txn, &mut writer);
+        let folder = self.folder.load(Ordering::Acquire);
+        if folder != self.folder_was {
+            self.move_to(folder, &mut also);
+        }
         let (wanted, copies) = (self.wanted(&cx.txn), self.plan.copies_max);
         let taken = cx.txn.with_tracker(|tracker| tracker.begin(also.into_iter(), wanted, copies));
         let cells = self.plan.cells.export(&cx.txn).unwrap_or_default();
-        let counters = self.plan.counters.iter();
-        let notes = Notes {
-            version: notes::VERSION,
-            worker: self.plan.worker,
-            shape: self.plan.shape,
-            was: self.plan.was.clone(),
-            counters: counters.map(|(label, at)| (label.clone(), cx.txn.get(*at))).collect(),
-            flights: Vec::new(),
-            spills,
-            parts: self.plan.parts.clone(),
-        };
-        let path = self.plan.folder.join(writer.name());
+        let notes = self.notes(&cx.txn, spills);
+        let path = self.plan.checkpoints.folder_of(folder).join(writer.name());
         self.saver.begin(&path, (least + 1) * BLOCK as u64, outputs(cx));
         self.add_header(&writer);
         let index_at = (taken.unwrap_or(0) as u64 + 1) * BLOCK as u64;
@@ -387,6 +435,17 @@ impl Cutter {
             pause_ns: thread_ns() - begun_cpu,
         });
         point(Point::CutBegun);
+    }
+
+    /// Files go to another folder from here on, or to a new one in the same place: what earlier
+    /// files hold is not there, so all of it is saved once more. (If this cut fails, its blocks
+    /// count as changed, and the next one has them.)
+    #[cold]
+    fn move_to(&mut self, folder: u64, also: &mut Vec<u64>) {
+        self.folder_was = folder;
+        let place =
+            |(segment, page): (usize, u64)| self.plan.held[segment].at / BLOCK as u64 + page;
+        also.extend(self.ledger.all().map(place));
     }
 
     fn add_header(&mut self, writer: &RegionWriter) {

@@ -28,9 +28,6 @@ const SPIN_NS: u64 = 100_000;
 /// The same where workers share cores.
 const SPIN_SHARED_NS: u64 = 5_000;
 
-/// Longest sleep: what wakes us is a bell; this only bounds the harm of a missed one.
-const SLEEP_MAX: Duration = Duration::from_millis(100);
-
 #[derive(Debug)]
 pub(crate) struct Waiter {
     idle: Idle,
@@ -72,9 +69,10 @@ impl Waiter {
             }
             return;
         }
-        let until_due = due_ns.map_or(SLEEP_MAX, |due| {
+        let longest = cx.patience();
+        let until_due = due_ns.map_or(longest, |due| {
             Duration::from_nanos(due.saturating_sub(now).saturating_sub(self.spin_ns / 2))
-                .min(SLEEP_MAX)
+                .min(longest)
         });
         self.values.clear();
         self.values.extend(peers.iter().map(|peer| peer.bell.load(Ordering::Acquire)));

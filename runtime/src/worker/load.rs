@@ -30,6 +30,7 @@ use testudo_shm::primitive::{AtomicU64, Ordering};
 use testudo_state::checkpoint::{Chain, Place, checksum};
 use testudo_state::disk::run_now;
 use testudo_state::disk::{BLOCK, BUFFER_BYTES, Buffer, Disk, FileId, Op, Outcome, Pool, Ticket};
+use testudo_state::group::looked_at_first;
 
 /// Reads in flight.
 const READS: usize = 16;
@@ -78,6 +79,15 @@ impl Load {
         Ok(())
     }
 
+    /// These pages, given by arena offset, in the order of the disk: those that are in a file.
+    fn pages_at(&self, mut wanted: Vec<usize>) -> Vec<Page> {
+        wanted.sort_unstable();
+        wanted.dedup();
+        let mut pages: Vec<Page> = wanted.into_iter().filter_map(|at| self.find(at)).collect();
+        pages.sort_by_key(|page| (page.file, page.place.at));
+        pages
+    }
+
     /// All pages among the first bytes of each target, in the order of the disk.
     fn pages(&self, front: usize) -> Vec<Page> {
         let mut pages = Vec::new();
@@ -99,11 +109,19 @@ impl Load {
         self.folder.join(self.chains[chain].file(file).map_or("", |file| &file.name))
     }
 
+    /// The target that an arena offset lies in, or behind.
+    fn target(&self, at: usize) -> Option<&Target> {
+        let after = self.targets.partition_point(|target| target.at <= at);
+        self.targets.get(after.checked_sub(1)?)
+    }
+
     /// The page at an arena offset: `None` where the checkpoint has zeros.
     fn find(&self, at: usize) -> Option<Page> {
-        let after = self.targets.partition_point(|target| target.at <= at);
-        let target = self.targets.get(after.checked_sub(1)?)?;
+        let target = self.target(at)?;
         let page = (at - target.at) / BLOCK;
+        if page >= target.bytes / BLOCK {
+            return None;
+        }
         let place = self.chains[target.chain].find(target.segment, page as u32)?;
         Some(Page { file: (target.chain, place.file), place, to: at })
     }
@@ -267,6 +285,15 @@ const FRONT_BYTES: usize = 2 * BLOCK;
 /// How long the thread that answers waits before it looks whether all is there.
 const PATIENCE: Duration = Duration::from_millis(50);
 
+impl Drop for Loader {
+    /// Pages that are not there yet would be zeros from here on: rather no process than that.
+    fn drop(&mut self) {
+        if !self.is_done() {
+            std::process::abort();
+        }
+    }
+}
+
 impl Loader {
     /// Watches all targets. From here on touching them waits for [`Loader::answer`].
     pub(crate) fn new(load: Load, arena: &'static Arena) -> Result<Self, Error> {
@@ -283,11 +310,45 @@ impl Loader {
         self.left.load(Ordering::Acquire) == 0
     }
 
-    /// Brings the first pages of all targets, which attaching looks at, all at once.
+    /// Brings what attaching looks at of all targets, several pages at a time: their first pages,
+    /// what the roots in these point to, and what begins there points to. What is missed comes when
+    /// it is touched, one page after the other.
     pub(crate) fn bring_fronts(&self) -> Result<(), Error> {
+        let (mut fronts, mut behind) = (Vec::new(), Vec::new());
+        self.bring_now(self.load.pages(FRONT_BYTES), &mut |at, bytes| {
+            let Some(target) = self.load.target(at).filter(|target| target.at == at) else {
+                return;
+            };
+            for (from, len) in looked_at_first(bytes) {
+                match word_at(bytes, from as usize) {
+                    Some(to) => behind.extend(page_behind(target, to)),
+                    None => fronts.push((at + from as usize, len as usize, *target)),
+                }
+            }
+        })?;
+        fronts.sort_unstable_by_key(|(at, ..)| *at);
+        let pages = |(at, len, _): &(usize, usize, Target)| {
+            (at / BLOCK..(at + len).div_ceil(BLOCK)).map(|page| page * BLOCK)
+        };
+        let wanted = self.load.pages_at(fronts.iter().flat_map(pages).collect());
+        self.bring_now(wanted, &mut |at, bytes| {
+            let first = fronts.partition_point(|(front, ..)| *front < at);
+            for (front, _, target) in &fronts[first..] {
+                let Some(to) = word_at(bytes, front - at) else { break };
+                behind.extend(page_behind(target, to));
+            }
+        })?;
+        self.bring_now(self.load.pages_at(behind), &mut |_, _| ())
+    }
+
+    /// Brings these pages, and shows each run of them.
+    fn bring_now(&self, pages: Vec<Page>, look: &mut dyn FnMut(usize, &[u8])) -> Result<(), Error> {
         let (disk, _) = open_disk(self.load.disk)?;
-        let mut stream = Stream::new(disk, self.load.pages(FRONT_BYTES));
-        let mut put = |at: usize, bytes: &[u8]| bring(&self.missing, at, bytes);
+        let mut stream = Stream::new(disk, pages);
+        let mut put = |at: usize, bytes: &[u8]| {
+            look(at, bytes);
+            bring(&self.missing, at, bytes)
+        };
         while stream.advance(&self.load, true, &mut put)? {}
         Ok(())
     }
@@ -343,6 +404,17 @@ impl Loader {
         verify(&path, &[page], bytes)?;
         bring(&self.missing, at, bytes)
     }
+}
+
+fn word_at(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+}
+
+/// The page that a word points to, if it can be an offset in its target: a guess, which may be
+/// wrong.
+fn page_behind(target: &Target, to: u64) -> Option<usize> {
+    let is_inside = to >= FRONT_BYTES as u64 && to < target.bytes as u64;
+    is_inside.then(|| (target.at + to as usize) / BLOCK * BLOCK)
 }
 
 /// Files from which single pages are read, opened when first needed.

@@ -11,7 +11,7 @@
 //!
 //! Called while stages are built.
 
-use super::attach::Attach;
+use super::attach::{Attach, readers};
 use super::restore::{Restore, Restored};
 use crate::error::Error;
 use crate::source::Subtask;
@@ -183,6 +183,17 @@ impl Attach {
         )
     }
 
+    /// Which of those subtasks this worker's is that read parts of a source, and how many they are.
+    pub(crate) fn reader(&self, operator: usize) -> Subtask {
+        let spec = &self.plan.operators[operator];
+        let own = self.subtask(spec.stage);
+        let dealt = self.dealt.iter().find(|(operator, _)| operator == spec.uid());
+        dealt.map_or(own, |(_, subtasks)| Subtask {
+            index: readers(&subtasks[..own.index.min(subtasks.len())]),
+            count: readers(subtasks).max(1),
+        })
+    }
+
     /// A cell of a part of a source, whoever read it before.
     pub(crate) fn part_cell<T: Plain>(
         &mut self,
@@ -202,21 +213,15 @@ impl Attach {
         self.named_cell(&name, initial)
     }
 
-    /// Records that the source's subtasks had read before the job was dealt out anew.
-    pub(crate) fn read_before(&mut self, operator: usize) -> Result<u64, Error> {
+    /// Records that a source's subtasks had read when the job was last dealt out anew: all of them,
+    /// and as this worker's counter says, which goes on from there.
+    pub(crate) fn read_before(&mut self, operator: usize) -> Result<[u64; 2], Error> {
         let uid = self.plan.operators[operator].uid().to_owned();
         let label = format!("{uid}/{}", crate::plan::CounterKind::Out.label());
-        let counted = |old: &super::restore::OldWorker| {
-            let counter = old.notes.counters.iter().find(|(known, _)| *known == label);
-            let before = old.cells.get(&name_hash(&format!("{uid}/read-before")));
-            let before = before.and_then(|bytes| u64::read_from_bytes(bytes).ok()).unwrap_or(0);
-            (counter.map_or(0, |(_, value)| *value), before)
-        };
-        let mut initial = 0;
-        if let Some(restored) = self.reshaped() {
-            let (own, before): (Vec<u64>, Vec<u64>) = restored.old.iter().map(counted).unzip();
-            initial = own.iter().sum::<u64>() + before.into_iter().max().unwrap_or(0);
-        }
+        let initial = self.reshaped().map_or([0; 2], |restored| {
+            let all = restored.old.iter().map(|old| old.notes.counter(&label)).sum();
+            [all, self.counted_before(restored, &label)]
+        });
         let cell = self.named_cell(&format!("{uid}/read-before"), initial)?;
         Ok(self.cx.txn.get(cell))
     }
@@ -309,7 +314,7 @@ impl Attach {
             let end = log * 8 + read.len();
             memory.as_mut_bytes()[log * 8..end].copy_from_slice(&read);
             let mut txn = Txn::on_heap(&mut memory, log);
-            let schema = spec.state.map_or(0, |state| state.schema);
+            let schema = spec.state.map_or(0, |state| state.of_groups());
             let groups = Groups::new(&spec.name, 1, schema, Rc::new(Gauge::unlimited()));
             super::attach::attach_private(&groups, &mut txn, log * 8, room).map_err(failed)?;
             visit(&mut txn, &groups, self).map_err(failed)?;

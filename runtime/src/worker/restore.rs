@@ -56,9 +56,25 @@ pub(crate) struct Restore {
 /// What checkpoints mean to a worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Checkpoints {
-    pub(crate) folder: PathBuf,
+    /// Where cuts may be written to: the first folder, and the second if there is one.
+    pub(crate) folders: Vec<PathBuf>,
+    /// Which of them the job goes on from, as the control header's word says it.
+    pub(crate) from: u64,
     pub(crate) job: u64,
     pub(crate) restore: Option<Restore>,
+}
+
+impl Checkpoints {
+    /// The folder that the job goes on from.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder_of(self.from)
+    }
+
+    /// The folder that a word of the control header means.
+    pub(crate) fn folder_of(&self, word: u64) -> &Path {
+        let index = (word & 1) as usize;
+        self.folders.get(index).or(self.folders.first()).map_or(Path::new(""), PathBuf::as_path)
+    }
 }
 
 /// A worker of the run that the checkpoint was taken of.
@@ -96,7 +112,9 @@ pub(crate) fn open_disk(choice: DiskChoice) -> Result<(Box<dyn Disk>, Option<Str
         DiskChoice::Uring => DiskKind::Uring,
         DiskChoice::Pwrite => DiskKind::Pwrite,
     };
-    disk::open(kind).map_err(|error| Error::Machine(format!("checkpoints: {error}")))
+    let opened = disk::open(kind);
+    let (disk, why) = opened.map_err(|e| Error::Machine(format!("checkpoints: {e}")))?;
+    Ok((crate::testing::gated(disk), why))
 }
 
 impl Restored {

@@ -19,6 +19,7 @@ use super::restore::{Checkpoints, Restored, open_disk};
 use super::save::Saver;
 use crate::checkpoint::notes::{self, Part};
 use crate::error::Error;
+use crate::exchange::account;
 use crate::exchange::inlet::{Channel, Rest};
 use crate::exchange::route::owner_of;
 use crate::flow::chain::KeyOf;
@@ -84,10 +85,12 @@ impl Attach {
     /// Brings back what the checkpoint has for this worker, as far as that is not done.
     pub(crate) fn resume(&mut self, description: &Description) -> Result<Resuming, Error> {
         let mut resuming = Resuming { loading: None, loaded: None, is_under_way: false };
-        let Some(Checkpoints { folder, restore: Some(restore), .. }) = &description.checkpoints
+        let Some(checkpoints @ Checkpoints { restore: Some(restore), .. }) =
+            &description.checkpoints
         else {
             return Ok(resuming);
         };
+        let folder = checkpoints.folder();
         let begun = self.named_cell(&format!("restored-{}/begun", restore.id), 0u64)?;
         let loaded = self.named_cell(&format!("restored-{}/loaded", restore.id), 0u64)?;
         let [is_begun, is_loaded] = [begun, loaded].map(|cell| self.cx.txn.get(cell) != 0);
@@ -160,15 +163,26 @@ impl Attach {
         Ok(())
     }
 
-    /// Counters go on from what they were.
+    /// Counters go on from what they were: only their sums over all workers mean anything.
     fn import_counters(&mut self, restored: &Restored) {
-        let old = restored.old.iter().find(|old| old.worker == self.worker);
-        let Some(old) = old else { return };
-        for (label, value) in &old.notes.counters {
-            if let Some((_, place)) = self.counters.iter().find(|(known, _)| known == label) {
-                self.cx.txn.set(*place, *value);
-            }
+        // Where records are routed again, what was sent and taken before adds up to nothing.
+        let is_kept = |label: &str| restored.plan.same_shape || !label.starts_with(account::PREFIX);
+        for (label, place) in self.counters.iter().filter(|(label, _)| is_kept(label)) {
+            let before = self.counted_before(restored, label);
+            let now = self.cx.txn.get(*place);
+            self.cx.txn.set(*place, now + before);
         }
+    }
+
+    /// What this worker's counter begins with: in another shape, each old worker's are taken over
+    /// by one of those that there are now.
+    pub(crate) fn counted_before(&self, restored: &Restored, label: &str) -> u64 {
+        let is_ours = |old: usize| match restored.plan.same_shape {
+            true => old == self.worker,
+            false => old % self.plan.workers == self.worker,
+        };
+        let old = restored.old.iter().filter(|old| is_ours(old.worker));
+        old.map(|old| old.notes.counter(label)).sum()
     }
 
     /// All segments of this worker that the checkpoint has.
@@ -187,7 +201,7 @@ impl Attach {
             folder: description
                 .checkpoints
                 .as_ref()
-                .map_or_else(Default::default, |c| c.folder.clone()),
+                .map_or_else(Default::default, |c| c.folder().to_owned()),
             disk: self.settings.disk,
             chains: restored.old.iter().map(|old| Arc::clone(&old.chain)).collect(),
             targets,
@@ -198,8 +212,14 @@ impl Attach {
     /// Pages come when they are touched; helper threads bring them.
     fn load_lazily(&mut self, load: Load) -> Result<Arc<Loader>, Error> {
         let loader = Arc::new(Loader::new(load, self.arena)?);
-        loader.bring_fronts()?;
         let (header, words) = self.pages();
+        // A helper that panics takes the process along (`dying` sees to that): who waits for a page
+        // must not wait for ever, nor find zeros.
+        if let Err(error) = loader.bring_fronts() {
+            // The process ends with this error, and the pages are missing until it has.
+            std::mem::forget(loader);
+            return Err(error);
+        }
         helper(&loader, Loader::answer, header, words);
         Ok(loader)
     }
@@ -268,6 +288,7 @@ impl Attach {
                 to: index,
                 rest: Some(origin),
                 is_held: false,
+                follower: None,
             });
             let channel = Channel {
                 ring: Some(self.cx.in_rings.len() - 1),
@@ -278,6 +299,11 @@ impl Attach {
         }
         self.restored = Some(restored);
         Ok(())
+    }
+
+    /// Whether what is taken of rests was counted when it was sent.
+    pub(crate) fn counts_rests(&self) -> bool {
+        self.restored.as_ref().is_none_or(|restored| restored.plan.same_shape)
     }
 
     /// The number of the channel that a producing subtask feeds.
@@ -321,7 +347,8 @@ impl Attach {
         {
             self.import_counters(restored);
         }
-        if incarnation > 1 || restored.as_ref().is_some_and(|restored| !restored.plan.same_shape) {
+        let is_known = incarnation == 1 || self.is_first;
+        if !is_known || restored.as_ref().is_some_and(|restored| !restored.plan.same_shape) {
             self.mark_all(&held, restored.as_ref());
         } else if let Some(restored) = &restored {
             self.fill_ledger(&held, restored, &mut ledger);
@@ -332,11 +359,12 @@ impl Attach {
             incarnation,
             shape: self.plan.shape(),
             was: self.plan.as_shape(),
-            folder: checkpoints.folder.clone(),
+            checkpoints: checkpoints.clone(),
             copies_max: self.settings.checkpoint_memory / BLOCK,
             cells: Rc::clone(&self.cells),
             counters: self.counters.clone(),
             parts: std::mem::take(&mut self.parts),
+            states: self.plan.states(),
             held,
             producers: self.producers(),
         };
@@ -346,7 +374,8 @@ impl Attach {
         let saver = Saver::new(disk, bandwidth);
         let region = &control.regions[self.plan.regions.of_task(self.worker)];
         let txn = &mut self.cx.txn;
-        Ok(Some(Cutter::new(plan, region, &own.cut, saver, ledger, txn)))
+        let words = (region, &own.cut, &control.folder);
+        Ok(Some(Cutter::new(plan, words, saver, ledger, txn)))
     }
 
     /// Everything that this worker saves, by arena offset.

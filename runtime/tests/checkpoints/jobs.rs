@@ -291,6 +291,38 @@ pub fn copied_rows(total: u64, workers: usize) -> Vec<Vec<String>> {
     vec![sorted((0..total).flat_map(|n| vec![n.to_string(); workers]))]
 }
 
+/// Both ends of an exchange take their time, by turns: a worker is in the middle of a step when the
+/// other one has cut.
+pub fn bursts(flow: &Flow, parameters: &str) {
+    let Asked { total, pace, files } = Asked::parse(parameters);
+    let slow = move |n: &u64| {
+        hold_up(pace);
+        *n
+    };
+    flow.source("numbers", Generator::new(total, |n| n))
+        .map(slow)
+        .key_by(|n| scramble(*n))
+        .stream()
+        .map(slow)
+        .sink("parts", FileSink::folder(&files[0], "txt", Lines(|n: &u64| *n)));
+}
+
+pub fn bursts_rows(total: u64) -> Vec<Vec<String>> {
+    vec![sorted((0..total).map(|n| n.to_string()))]
+}
+
+/// Lines of standard input, to a folder of parts.
+pub fn typed(flow: &Flow, parameters: &str) {
+    let Asked { pace, files, .. } = Asked::parse(parameters);
+    flow.stdin()
+        .round_robin()
+        .map(move |line| {
+            hold_up(pace);
+            line.to_string()
+        })
+        .sink("parts", FileSink::folder(&files[0], "txt", Lines(|row: &Text| row.to_string())));
+}
+
 #[testudo::record(archived)]
 #[derive(Debug, Deserialize, Serialize)]
 #[serde(crate = "testudo::serde")]

@@ -7,11 +7,13 @@ mod common;
 mod harness;
 mod jobs;
 mod points;
+mod reshape;
 mod trouble;
 
 use common::{Jobs, trials};
 use harness::Scene;
 use points::*;
+use reshape::*;
 use std::process::ExitCode;
 use trouble::*;
 
@@ -20,6 +22,8 @@ const JOBS: Jobs = &[
     ("windows", jobs::windows),
     ("plumbing", jobs::plumbing),
     ("copied", jobs::copied),
+    ("bursts", jobs::bursts),
+    ("typed", jobs::typed),
     ("files", jobs::files),
     ("counted", jobs::counted),
     ("recounted", jobs::recounted),
@@ -27,7 +31,9 @@ const JOBS: Jobs = &[
 
 fn main() -> ExitCode {
     testudo::init();
-    common::host(
+    // Most of the time they wait: for a checkpoint, or for records that are held up.
+    common::host_on(
+        2,
         JOBS,
         trials![
             keyed_state_is_exact_after_crashes_of_everything,
@@ -39,6 +45,15 @@ fn main() -> ExitCode {
             windows_and_timers_are_exact_when_resumed_with_other_workers,
             records_without_keys_are_exact_when_resumed_with_other_workers,
             files_are_exact_when_resumed_with_other_workers,
+            each_copy_of_a_broadcast_is_taken_once_when_resumed_with_other_workers,
+            lines_of_standard_input_that_a_checkpoint_holds_come_once,
+            r15_what_is_in_flight_stays_in_its_ring_until_it_is_copied,
+            other_key_groups_than_the_checkpoints_are_said_and_not_used,
+            a_resume_without_its_output_is_refused_and_makes_none,
+            resuming_a_finished_job_makes_no_output,
+            counters_go_on_when_resumed_with_other_workers,
+            a_limit_is_kept_when_resumed_with_other_workers,
+            parts_are_final_at_the_end_and_withdrawn_after_a_stop,
             a_job_that_dies_at_any_point_of_a_cut_is_exact,
             a_job_that_dies_at_any_point_of_sealing_is_exact,
             a_worker_that_dies_at_any_point_of_a_cut_stops_no_checkpoint,
@@ -80,13 +95,13 @@ fn main() -> ExitCode {
 type Lives = &'static [usize];
 
 const SAME: [Lives; 3] = [&[1, 1, 1], &[2, 2, 2, 2], &[3, 3, 3]];
-const OTHERS: [Lives; 3] = [&[2, 1], &[2, 3], &[3, 1, 2]];
+const OTHERS: [Lives; 3] = [&[2, 1], &[1, 2, 3, 1], &[3, 1, 2]];
 
 /// Among them one in which a subtask that had a part comes back.
 const OTHERS_OF_FOLDERS: [Lives; 3] = [&[2, 1], &[3, 1, 2], &[1, 2, 3]];
 
 /// Goes through lives that are killed, and one that ends.
-fn live(scene: &mut Scene, lives: Lives, pace: u64) {
+fn live(scene: &mut Scene, lives: &[usize], pace: u64) {
     let (last, killed) = lives.split_last().expect("a life");
     let mut crashes = 0;
     for workers in killed {

@@ -12,7 +12,7 @@ use testudo::testing::{KILL_AT, Point};
 /// A job that was killed with two whole checkpoints in its folder.
 fn killed(job: &'static str, seed: u64) -> Scene {
     let scene = Scene::new(job, 30_000, 1, seed);
-    let ended = scene.crash_at(2, 8_000, "s", Point::BeforeRetire, 2);
+    let ended = scene.crash_at(2, 80_000, "s", Point::BeforeRetire, 2);
     assert_eq!(ended.signal, Some(libc::SIGKILL), "{ended:?}");
     assert!(scene.manifests().len() >= 2, "{:?}", scene.manifests());
     scene
@@ -39,7 +39,7 @@ pub fn a_job_without_io_uring_writes_its_checkpoints_otherwise_and_says_so_once(
     let ended = ended.without_call(libc::SYS_io_uring_setup, libc::EPERM).run();
     assert_eq!(ended.code, Some(4), "{}", ended.err);
     scene.args = vec!["--disk".into(), "pwrite".into()];
-    assert!(scene.crash(2, 8_000), "the job was too short");
+    assert!(scene.crash(2, 40_000), "the job was too short");
     scene.end(2);
     scene.check(&jobs::ordered_rows(scene.total));
 }
@@ -183,7 +183,7 @@ pub fn a_job_that_dies_after_it_went_back_does_not_find_the_damaged_checkpoint_a
     let newest = scene.newest();
     flip(&region_file(&scene, newest), 4096 + 100);
     scene.args = vec!["--checkpoint-at".into(), "0 0 1 1 *".into()];
-    let mut life = scene.resumed_without_interval(2, 8_000).start();
+    let mut life = scene.resumed_without_interval(2, 40_000).start();
     let look = || {
         let bytes = fs::metadata(&scene.files[0]).expect("the output").len();
         (fs::read(scene.checkpoints().join("roots")).expect("the roots"), bytes)
@@ -245,8 +245,8 @@ pub fn checkpoints_of_something_else_are_refused_and_nothing_is_touched() {
     scene.check(&jobs::counted_rows(scene.total));
 }
 
-/// A job that was killed goes on as another one. Records in flight on an exchange that this one does
-/// not have are never dropped: it is refused until there are none.
+/// A job that was killed goes on as another one. Records in flight on an exchange that this one
+/// does not have are never dropped: it is refused until there are none.
 fn changes(scene: &Scene, was: &str, is: &str, args: &[&str]) {
     let asked = |change: &str| {
         format!("{} {change}", Asked::text(scene.total, 0, &scene.files)).trim_end().to_owned()
@@ -277,7 +277,7 @@ pub fn an_added_operator_begins_empty() {
 
 pub fn a_removed_operator_is_refused_unless_its_state_may_go() {
     let scene = Scene::new("counted", 30_000, 1, 12);
-    let more = format!("{} +", Asked::text(scene.total, 8_000, &scene.files));
+    let more = format!("{} +", Asked::text(scene.total, 40_000, &scene.files));
     let mut life = scene.life_as("counted", &more, 2).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 2), "the job was too short");
     life.signal_group(libc::SIGKILL);
@@ -290,7 +290,7 @@ pub fn a_removed_operator_is_refused_unless_its_state_may_go() {
 
 pub fn a_second_job_on_a_folder_is_refused() {
     let scene = Scene::new("ordered", 30_000, 1, 13);
-    let mut life = scene.life(1, 8_000).start();
+    let mut life = scene.life(1, 40_000).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 1), "the job was too short");
     let other = scene.folder.path().join("other");
     let parameters = Asked::text(1000, 0, std::slice::from_ref(&other));
@@ -384,7 +384,8 @@ pub fn a_folder_does_not_grow_without_bound() {
         life.wait();
     }
     assert!(scene.newest() >= 2 * many, "{} checkpoints", scene.newest());
-    // Two checkpoints of two workers, each of up to 25 files, and what is being written and removed.
+    // Two checkpoints of two workers, each of up to 25 files, and what is being written and
+    // removed.
     assert!(most.0 <= 120, "{} files", most.0);
     assert!(most.1 <= 64 << 20, "{} bytes", most.1);
     scene.args.clear();

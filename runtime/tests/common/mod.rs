@@ -11,15 +11,24 @@
 
 #![allow(dead_code, reason = "each test program uses a part of this")]
 
+pub mod gated;
+
+pub mod manager;
+
 pub mod program;
 
 pub mod process;
+
+#[cfg(target_arch = "x86_64")]
+pub mod stepper;
 
 pub mod tally;
 
 pub mod tool;
 
 pub mod trace;
+
+pub mod wild;
 
 use libtest_mimic::{Arguments, Trial};
 use std::path::Path;
@@ -42,6 +51,11 @@ pub fn deep<T>(long: T, short: T) -> T {
     if std::env::var_os("TESTUDO_DEEP").is_some_and(|value| value == "1") { long } else { short }
 }
 
+/// Those of `scripts/soak` run with TESTUDO_SOAK=1.
+pub fn soak<T>(long: T, short: T) -> T {
+    if std::env::var_os("TESTUDO_SOAK").is_some_and(|value| value == "1") { long } else { short }
+}
+
 /// Test functions as trials under their names.
 macro_rules! trials {
     ($($test:ident),* $(,)?) => {
@@ -55,12 +69,17 @@ pub(crate) use trials;
 
 /// The rest of a test program's main: the job asked for, or the tests.
 pub fn host(jobs: Jobs, trials: Vec<Trial>) -> ExitCode {
+    // Every test keeps all cores busy by itself.
+    host_on(1, jobs, trials)
+}
+
+/// The same for tests that mostly wait: so many at a time.
+pub fn host_on(threads: usize, jobs: Jobs, trials: Vec<Trial>) -> ExitCode {
     if program::is_asked_for() {
         return program::run(jobs);
     }
     let mut arguments = Arguments::from_args();
-    // Every test keeps all cores busy by itself.
-    arguments.test_threads.get_or_insert(1);
+    arguments.test_threads.get_or_insert(threads);
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -71,7 +90,17 @@ pub fn settings(workers: usize) -> Settings {
         ring_bytes: 64 << 10,
         key_groups: 16,
         progress: false,
+        tier: tier(),
         ..Settings::default()
+    }
+}
+
+/// The tier that all jobs are to have, where the environment asks for one.
+fn tier() -> Option<testudo::config::Tier> {
+    match std::env::var("TESTUDO_TIER").ok()?.as_str() {
+        "1" => Some(testudo::config::Tier::Replica),
+        "2" => Some(testudo::config::Tier::Standby),
+        _ => None,
     }
 }
 

@@ -17,7 +17,7 @@ pub struct Held {
 }
 
 impl Held {
-    /// The process of this number, if it is a child of `parent`.
+    /// The process of this number, if it is a child of `parent`, or of a supervisor of that.
     pub fn child_of(pid: u32, parent: u32) -> Option<Self> {
         // SAFETY: plain system call.
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -27,7 +27,7 @@ impl Held {
         // SAFETY: the descriptor was just returned by the kernel.
         let held = Self { pid, fd: unsafe { OwnedFd::from_raw_fd(fd as i32) } };
         // Looked at after it is held: what is read now belongs to the process that is held.
-        (stat(pid)?.parent == parent).then_some(held)
+        is_of(stat(pid)?.parent, parent).then_some(held)
     }
 
     /// Sends a signal; false when the process is gone.
@@ -90,10 +90,24 @@ pub fn children(parent: u32) -> Vec<u32> {
     pids.filter(|pid| stat(*pid).is_some_and(|stat| stat.parent == parent)).collect()
 }
 
-/// The children of a process that run as its workers.
-pub fn workers_of(parent: u32) -> Vec<u32> {
+/// Whether a process is `launched`, or a supervisor that it has started.
+fn is_of(pid: u32, launched: u32) -> bool {
+    let is_supervisor = |stat: Stat| stat.name == "testudo-sup" && stat.parent == launched;
+    pid == launched || stat(pid).is_some_and(is_supervisor)
+}
+
+/// The supervisor of a job that was launched as a program, if it lives.
+pub fn supervisor_of(launched: u32) -> Option<u32> {
+    let is_supervisor =
+        |pid: &u32| stat(*pid).is_some_and(|stat| stat.name == "testudo-sup" && stat.state != 'Z');
+    children(launched).into_iter().find(is_supervisor)
+}
+
+/// The workers of a job: children of the launched process, or of its supervisor.
+pub fn workers_of(launched: u32) -> Vec<u32> {
+    let parents: Vec<u32> = supervisor_of(launched).into_iter().chain([launched]).collect();
     let is_worker = |pid: &u32| stat(*pid).is_some_and(|stat| stat.name.starts_with("testudo-w"));
-    children(parent).into_iter().filter(is_worker).collect()
+    parents.into_iter().flat_map(children).filter(is_worker).collect()
 }
 
 /// A number of KiB in /proc/PID/status, such as VmRSS.
@@ -108,6 +122,11 @@ pub fn pending_signals(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("ShdPnd:"))?;
     u64::from_str_radix(line.trim(), 16).ok()
+}
+
+/// How many descriptors a process has open.
+pub fn descriptors(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
 }
 
 /// The threads of a process, with their names.
@@ -236,9 +255,14 @@ impl<'a> Disturber<'a> {
 
     /// Kills a worker whatever it does.
     pub fn kill_now(&mut self, worker: usize) {
+        self.end_now(worker, libc::SIGKILL);
+    }
+
+    /// Ends a worker by a signal that it does not survive.
+    pub fn end_now(&mut self, worker: usize, signal: i32) {
         let header = self.view.workers[worker];
         self.last[worker].0 = header.pid.load(Ordering::Acquire);
-        if signal_worker(header, libc::SIGKILL) {
+        if signal_worker(header, signal) {
             self.kills += 1;
         }
         // Whatever it still committed while the signal was on its way does not count as progress of

@@ -2,6 +2,7 @@
 
 use super::{Jobs, PATIENCE, process};
 use std::io::Read;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -59,6 +60,17 @@ impl Cli {
         Self { command }
     }
 
+    /// An example of this package, which `cargo test` has built along with the tests.
+    pub fn example(name: &str) -> Self {
+        let own = std::env::current_exe().expect("our own path");
+        let built = own.ancestors().nth(2).expect("target/PROFILE/deps/TEST").join("examples");
+        let path = built.join(name);
+        assert!(path.is_file(), "{}: build it with `cargo build --examples`", path.display());
+        let mut command = Command::new(path);
+        command.stdin(Stdio::null());
+        Self { command }
+    }
+
     pub fn args<'a>(mut self, args: impl IntoIterator<Item = &'a str>) -> Self {
         self.command.args(args);
         self
@@ -82,6 +94,12 @@ impl Cli {
     /// Has a system call fail with this error.
     pub fn without_call(mut self, call: libc::c_long, error: i32) -> Self {
         process::refuse(&mut self.command, call, error);
+        self
+    }
+
+    /// Has it inherit these, from number 3 on.
+    pub fn with_descriptors(mut self, fds: Vec<OwnedFd>) -> Self {
+        super::manager::hand_over(&mut self.command, fds);
         self
     }
 
@@ -139,15 +157,39 @@ impl Cli {
         self.command.spawn().expect("the test program can be started")
     }
 
-    /// Runs it to its end with its output going elsewhere.
+    /// Starts it with its output in the child's pipe, for the test to read; the rest is collected.
     #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
-    pub fn run_into(mut self, out: Stdio) -> Ended {
+    pub fn start_for_reading(mut self) -> Started {
+        self.command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        process::end_with_us(&mut self.command);
+        let mut child = self.command.spawn().expect("the test program can be started");
+        let err = collect(child.stderr.take());
+        Started { child, out: collect(None::<std::io::Empty>), err }
+    }
+
+    /// Starts it with both of its outputs in pipes that nobody reads any more.
+    #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
+    pub fn start_deaf(mut self) -> Child {
+        let closed = || std::io::pipe().expect("a pipe").1;
+        self.command.stdout(closed()).stderr(closed());
+        process::end_with_us(&mut self.command);
+        self.command.spawn().expect("the test program can be started")
+    }
+
+    /// Runs it to its end with its output going elsewhere.
+    pub fn run_into(self, out: Stdio) -> Ended {
+        self.start_into(out).wait()
+    }
+
+    /// Starts it with its output going elsewhere.
+    #[expect(clippy::disallowed_methods, reason = "a program under test, not a worker")]
+    pub fn start_into(mut self, out: Stdio) -> Started {
         self.command.stdout(out).stderr(Stdio::piped());
         process::end_with_us(&mut self.command);
         let mut child = self.command.spawn().expect("the test program can be started");
         let err = collect(child.stderr.take());
         let out = collect(None::<std::io::Empty>);
-        Started { child, out, err }.wait()
+        Started { child, out, err }
     }
 
     /// Runs it to its end.
@@ -204,6 +246,11 @@ impl Started {
         })
     }
 
+    /// Waits until it has a supervisor, and gives its number.
+    pub fn supervisor(&self) -> u32 {
+        super::wait_for("the supervisor of a job", || process::supervisor_of(self.pid()))
+    }
+
     /// Waits for its end.
     pub fn wait(mut self) -> Ended {
         let begun = Instant::now();
@@ -229,11 +276,16 @@ impl Started {
 }
 
 impl Drop for Started {
-    /// A test that fails leaves no job running behind it.
+    /// A test that fails leaves no job running behind it, and tells what it said.
     fn drop(&mut self) {
         // One that was waited for is gone, and the library knows that.
+        let ended = self.child.try_wait();
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::thread::panicking() {
+            let err = collected(&mut self.err);
+            eprintln!("the job of the failed test ({ended:?}) said: {err}");
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 use super::{sorted_lines, text};
 use std::path::Path;
+use testudo::flow::keyed::Keyed;
 use testudo::prelude::*;
 use testudo::sink::file::Csv;
 
@@ -42,9 +43,18 @@ pub fn ordered(flow: &Flow, parameters: &str) {
 pub fn checked(flow: &Flow, parameters: &str, numbers: impl Fn(u64) -> Numbered + 'static) {
     let (total, output) = parameters.split_once(' ').expect("total and output");
     let total = total.parse().expect("a number");
+    let numbers = flow.source("numbers", Generator::new(total, numbers));
+    tallied(flow, numbers.key_by(|record| record.key), output);
+}
+
+/// What is behind the exchange.
+pub fn tallied<F: Fn(&Numbered) -> u64 + 'static>(
+    flow: &Flow,
+    numbers: Keyed<Numbered, u64, F>,
+    output: &str,
+) {
     let seen = flow.counter("seen");
-    flow.source("numbers", Generator::new(total, numbers))
-        .key_by(|record| record.key)
+    numbers
         .process(
             |state| (state.value::<u64>("next"), state.value::<u64>("wrong")),
             move |(next, wrong), cx, record: &Numbered| {
@@ -76,24 +86,37 @@ pub fn numbered(n: u64) -> Numbered {
 /// sources say they have read, each once and in turn. Sources that were stopped may stand at
 /// different numbers.
 pub fn check(output: &Path, records: u64, subtasks: u64) {
+    if let Err(what) = look(output, records, subtasks) {
+        panic!("{what}");
+    }
+}
+
+/// The same, for who expects that something is wrong.
+pub fn look(output: &Path, records: u64, subtasks: u64) -> Result<(), String> {
     let rows: Vec<(u64, u64, u64)> = sorted_lines(output).iter().map(|line| row(line)).collect();
     let sum: u64 = rows.iter().map(|row| row.1).sum();
-    assert_eq!(sum, records, "records counted by the sources and by the keys");
+    ensure(sum == records, || format!("the sources counted {records} records, the keys {sum}"))?;
     for subtask in 0..subtasks {
         let mut own: Vec<_> = rows.iter().filter(|row| row.0 % subtasks == subtask).collect();
         own.sort_unstable();
         let (first, last) = (own.first().map_or(0, |row| row.1), own.last().map_or(0, |row| row.1));
         for pair in own.windows(2) {
-            assert!(pair[0].0 < pair[1].0, "key {} has two rows", pair[0].0);
-            assert!(pair[0].1 >= pair[1].1, "key {} has more than the one before", pair[1].0);
+            ensure(pair[0].0 < pair[1].0, || format!("key {} has two rows", pair[0].0))?;
+            let more = || format!("key {} has more than the one before", pair[1].0);
+            ensure(pair[0].1 >= pair[1].1, more)?;
         }
-        assert!(first - last <= 1, "keys of subtask {subtask} have {first} to {last} records");
+        let uneven = || format!("keys of subtask {subtask} have {first} to {last} records");
+        ensure(first - last <= 1, uneven)?;
         let read: u64 = own.iter().map(|row| row.1).sum();
-        let keys = read.min(KEYS / subtasks);
-        assert_eq!(own.len() as u64, keys, "keys of subtask {subtask}, which read {read}");
+        let missing = || format!("{} keys of subtask {subtask}, which read {read}", own.len());
+        ensure(own.len() as u64 == read.min(KEYS / subtasks), missing)?;
     }
     let wrong: u64 = rows.iter().map(|row| row.2).sum();
-    assert_eq!(wrong, 0, "records that came out of turn");
+    ensure(wrong == 0, || format!("{wrong} records came out of turn"))
+}
+
+fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<(), String> {
+    if holds { Ok(()) } else { Err(what()) }
 }
 
 fn row(line: &str) -> (u64, u64, u64) {

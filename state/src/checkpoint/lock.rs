@@ -28,8 +28,8 @@ pub(crate) struct FolderLock {
 }
 
 impl FolderLock {
-    /// Takes the folder for this process.
-    pub(crate) fn take(folder: &Path) -> Result<Self, StoreError> {
+    /// Takes the folder for this process, in the name of `job`.
+    pub(crate) fn take(folder: &Path, job: u32) -> Result<Self, StoreError> {
         let path = folder.join(LOCK);
         let failed = |source| StoreError::Io { file: path.clone(), source };
         let mut options = OpenOptions::new();
@@ -49,9 +49,8 @@ impl FolderLock {
             }
         }
         // For whoever is kept out.
-        let pid = std::process::id().to_string();
         file.set_len(0).and_then(|()| file.rewind()).map_err(failed)?;
-        file.write_all(pid.as_bytes()).map_err(failed)?;
+        file.write_all(job.to_string().as_bytes()).map_err(failed)?;
         Ok(Self { _file: file })
     }
 }

@@ -18,6 +18,7 @@ use super::chain::Chain;
 use super::index::FileRef;
 use super::lock::FolderLock;
 use super::manifest::{Manifest, ManifestName, Previous, read_in};
+use super::presence::Presence;
 use super::reading::Folder;
 use super::region::{RegionName, RegionReader};
 use super::root::{ManifestRef, ROOTS, Root, SLOTS, sum_of};
@@ -61,6 +62,11 @@ pub enum StoreError {
         /// One of the manifests there.
         manifest: String,
     },
+    /// The folder is not the one that was opened: it was removed, or replaced by another one.
+    Gone {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// A manifest must not be committed.
     Refused {
         /// Its checkpoint.
@@ -95,6 +101,12 @@ impl fmt::Display for StoreError {
                  which checkpoint is the newest; bring the file back from a copy, or name the \
                  checkpoint \
                  with --resume-from and give another --checkpoint-dir",
+                folder.display()
+            ),
+            Self::Gone { folder } => write!(
+                f,
+                "checkpoint folder {} was removed or replaced while it was in use; it is opened \
+                 anew, and the next checkpoint has everything in it",
                 folder.display()
             ),
             Self::Refused { id, what } => write!(
@@ -165,6 +177,7 @@ pub struct Store {
     pub(super) unsure: Vec<String>,
     /// For each region file that was looked at: the older ones that it names.
     pub(super) older: HashMap<String, Vec<FileRef>>,
+    presence: Presence,
     _lock: Option<FolderLock>,
 }
 
@@ -185,11 +198,20 @@ impl Store {
     /// # Errors
     /// If another process has the folder, or it cannot be read and written.
     pub fn open(folder: &Path, disk: Box<dyn Disk>) -> Result<Self, StoreError> {
+        Self::open_for(folder, disk, std::process::id())
+    }
+
+    /// As [`Store::open`], for a job that is known by another process than this one: whoever is
+    /// kept out is told of that.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_for(folder: &Path, disk: Box<dyn Disk>, job: u32) -> Result<Self, StoreError> {
         let failed = |source| StoreError::Io { file: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(failed)?;
         // The folder's own name must survive as well.
         let real = folder.canonicalize().map_err(failed)?;
-        let lock = FolderLock::take(folder)?;
+        let lock = FolderLock::take(folder, job)?;
         let mut store = Self::attach(folder, disk, Pool::new(BUFFERS * BUFFER_BYTES))?;
         if let Some(parent) = real.parent() {
             store.run(&real, Op::SyncDir { path: parent.to_owned() })?;
@@ -213,6 +235,7 @@ impl Store {
             roots: None,
             unsure: Vec::new(),
             older: HashMap::new(),
+            presence: Presence::default(),
             _lock: None,
         };
         let listed = store.list()?;
@@ -233,7 +256,34 @@ impl Store {
             store.run(&store.folder.join(ROOTS), Op::Sync { file })?;
         }
         store.sync_folder()?;
+        store.presence = Presence::of(folder, ROOTS);
         Ok(store)
+    }
+
+    /// Whether the folder is still the one that was opened.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        self.presence == Presence::of(&self.folder, ROOTS)
+    }
+
+    /// Writes so many bytes to a file of its own, durably, and removes it: whether the folder takes
+    /// anything at all.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn probe(&mut self, bytes: usize) -> Result<(), StoreError> {
+        let path = self.folder.join(format!("probe{TEMPORARY}"));
+        let written = write_file(&mut *self.disk, &self.pool, &path, &vec![0; bytes]);
+        let removed = self.run(&path, Op::Remove { path: path.clone() });
+        written.map_err(|source| StoreError::Io { file: path, source })?;
+        removed.map(|_| ())
+    }
+
+    fn check_in_place(&self) -> Result<(), StoreError> {
+        if self.is_in_place() {
+            return Ok(());
+        }
+        Err(StoreError::Gone { folder: self.folder.clone() })
     }
 
     /// The disk, for the caller's own files. Nothing may be in flight when the store is called.
@@ -338,6 +388,7 @@ impl Store {
         manifest: &Manifest,
         named: impl FnOnce(),
     ) -> Result<Previous, StoreError> {
+        self.check_in_place()?;
         let base = self.find_base()?;
         let mut manifest = manifest.clone();
         let below = self.slots[base].root.as_ref().ok().and_then(|root| root.manifest.clone());
@@ -352,6 +403,7 @@ impl Store {
             return Err(error);
         }
         named();
+        self.check_in_place()?;
         let committed = Previous { name: name.clone(), checksum: super::checksum(&bytes) };
         let checksum = committed.checksum;
         let root = ManifestRef { name, bytes: bytes.len() as u64, checksum };
@@ -546,6 +598,7 @@ impl Store {
         let bytes: Vec<u8> =
             self.slots.iter().flat_map(|slot| slot.bytes.iter().copied()).collect();
         self.write_new(&temporary, &bytes, &self.folder.join(ROOTS))?;
+        self.presence = Presence::of(&self.folder, ROOTS);
         // Durable already. If it cannot be opened, the next commit makes a new one again.
         let _ = self.edit_roots();
         Ok(())

@@ -1,7 +1,8 @@
 //! Lines and quoted records of one byte range of a file, read in blocks into private memory.
 //!
 //! A file is read with `pread`, not mapped: a mapped file that another program cuts short kills
-//! its reader with SIGBUS in the middle of a step; here the same thing is an [`InputError`].
+//! its reader with SIGBUS in the middle of a step; here the same thing is an [`InputError`], which
+//! comes after the last whole record that is left.
 //!
 //! Invariants:
 //! - [`LineReader::position`] is always the offset of the next record. It is all that a cell has to
@@ -18,7 +19,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 /// Bytes asked of the kernel at once: enough to hide the call, few enough to stay in L2.
@@ -100,6 +101,11 @@ pub enum InputError {
         /// What was given.
         path: PathBuf,
     },
+    /// Another file has the name of the one that the job measured, or none has.
+    Replaced {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file became shorter than it was when the job measured it.
     Shrunk {
         /// The file.
@@ -150,10 +156,15 @@ impl fmt::Display for InputError {
                  data to a file or use a source for streams",
                 path.display()
             ),
+            Self::Replaced { path } => write!(
+                f,
+                "input file {} was removed, or replaced by another one, while the job read it",
+                path.display()
+            ),
             Self::Shrunk { path, planned, found } => write!(
                 f,
-                "input file {} has {found} bytes, but {planned} when the job started; input files \
-                 must not be shortened while a job reads them: put the file back and resume",
+                "input file {} has {found} bytes, but {planned} when the job started: it was cut \
+                 short while the job read it",
                 path.display()
             ),
             Self::Header { path, found, first, expected } => write!(
@@ -184,6 +195,41 @@ impl std::error::Error for InputError {
             Self::System { source, .. } => Some(source),
             _ => None,
         }
+    }
+}
+
+impl InputError {
+    /// What is missing is gone for good, as far as the job can know.
+    pub(super) fn is_loss(&self) -> bool {
+        matches!(self, Self::Replaced { .. } | Self::Shrunk { .. })
+    }
+
+    /// The operating system's number of an error that may pass by itself.
+    pub(super) fn outage(&self) -> Option<i32> {
+        let Self::System { source, .. } = self else { return None };
+        source.raw_os_error().filter(|errno| crate::worker::outside::may_pass(*errno))
+    }
+}
+
+/// What tells a file from any other that may have its name later.
+pub(super) type Identity = (u64, u64);
+
+/// The identity of an open file.
+pub(super) fn identity(file: &File) -> io::Result<Identity> {
+    let meta = file.metadata()?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// Opens the file that was measured; `Replaced` if it is not there any more.
+pub(super) fn open_known(path: &Path, known: Identity) -> Result<(File, u64), InputError> {
+    let replaced = || InputError::Replaced { path: path.into() };
+    match open(path) {
+        Ok((file, size)) if identity(&file).ok() == Some(known) => Ok((file, size)),
+        Ok(_) | Err(InputError::NotAFile { .. }) => Err(replaced()),
+        Err(InputError::System { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Err(replaced())
+        }
+        Err(error) => Err(error),
     }
 }
 
@@ -341,17 +387,18 @@ pub struct LineReader {
 }
 
 impl LineReader {
-    /// Opens `path` at the start of `range`, which begins and ends at line starts.
+    /// Opens `path` at the start of `range`, which begins and ends at line starts. That the file
+    /// ends before the range does is found when that is read.
     ///
     /// # Errors
-    /// When the file cannot be opened, is not a regular file, or ends before the range does.
+    /// When the file cannot be opened, or is not a regular file.
     pub fn open(path: &Path, range: Range<u64>, framing: Framing) -> Result<Self, InputError> {
-        let (file, size) = open(path)?;
-        if size < range.end {
-            let path = path.into();
-            return Err(InputError::Shrunk { path, planned: range.end, found: size });
-        }
-        Ok(Self {
+        Ok(Self::over(open(path)?.0, path, range, framing))
+    }
+
+    /// The same with a file that is open.
+    pub(super) fn over(file: File, path: &Path, range: Range<u64>, framing: Framing) -> Self {
+        Self {
             file,
             path: path.into(),
             framing,
@@ -360,7 +407,7 @@ impl LineReader {
             buffer: vec![0; BLOCK],
             unread: 0..0,
             head: Vec::new(),
-        })
+        }
     }
 
     /// The offset of the next record: what a cell has to hold to resume here.
@@ -650,8 +697,10 @@ mod tests {
             }
         };
         assert!(matches!(error, InputError::Shrunk { found: 0x40000, .. }), "{error}");
-        let error = LineReader::open(file.path(), 0..2 * BLOCK as u64, Framing::text());
-        assert!(matches!(error, Err(InputError::Shrunk { .. })));
+        let mut reader =
+            LineReader::open(file.path(), 0..2 * BLOCK as u64, Framing::text()).unwrap();
+        let whole = std::iter::from_fn(|| reader.next().ok().map(|next| assert!(next.is_some())));
+        assert_eq!(whole.count(), BLOCK, "what is left can be read");
     }
 
     #[test]

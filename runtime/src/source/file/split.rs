@@ -17,8 +17,11 @@
 //!
 //! Called once by each process that plans the file source.
 
-use super::lines::{self, BYTE_ORDER_MARK, Framing, InputError, LineReader, RejectReason, Scanner};
-use memchr::{memchr, memchr_iter};
+use super::lines::{
+    self, BYTE_ORDER_MARK, Framing, Identity, InputError, LineReader, RejectReason, Scanner,
+};
+use super::points;
+use memchr::memchr_iter;
 use memmap2::{Mmap, MmapOptions};
 use std::fs::File;
 use std::ops::Range;
@@ -32,6 +35,8 @@ pub struct InputFile {
     /// The bytes from here on are not read: the file's size when the job started, or less where a
     /// limit ends it.
     pub end: u64,
+    /// What it is to the kernel, whatever file has its name later.
+    pub identity: Identity,
 }
 
 impl InputFile {
@@ -40,8 +45,9 @@ impl InputFile {
     /// # Errors
     /// When it cannot be opened or is not a regular file.
     pub fn measure(path: &Path) -> Result<Self, InputError> {
-        let (_, end) = lines::open(path)?;
-        Ok(Self { path: path.into(), end })
+        let (file, end) = lines::open(path)?;
+        let failed = |source| InputError::System { doing: "measure", path: path.into(), source };
+        Ok(Self { path: path.into(), end, identity: lines::identity(&file).map_err(failed)? })
     }
 
     /// Gives the file's planned bytes, mapped, to `look`, between two comparisons of its size.
@@ -81,7 +87,7 @@ impl InputFile {
     }
 
     /// Where the header's text lies, and where the first line after it starts.
-    fn preamble(
+    pub(super) fn preamble(
         &self,
         bytes: &[u8],
         framing: &Framing,
@@ -128,7 +134,8 @@ pub enum Cut {
 /// stay whole, whatever `cut` says.
 ///
 /// # Errors
-/// When a file cannot be read, is shorter than measured, or has another header than the first.
+/// When a file cannot be read, or has another header than the first. What is gone of one that was
+/// cut short is found when it is read.
 pub fn split(
     files: &[InputFile],
     framing: &Framing,
@@ -141,10 +148,7 @@ pub fn split(
     for (index, file) in files.iter().enumerate() {
         let whole = cut == Cut::WholeFiles || framing.quoting.is_some();
         let parts = if whole { 1 } else { subtasks };
-        let points = file.look(|bytes| {
-            let (_, data) = file.preamble(bytes, framing)?;
-            Ok((0..=parts).map(|part| cut_point(bytes, data, part, parts)).collect::<Vec<_>>())
-        })?;
+        let points = points::of(file, framing, parts)?;
         for (part, pair) in points.windows(2).enumerate() {
             if pair[0] < pair[1] {
                 let subtask = if whole { index % subtasks } else { part };
@@ -153,19 +157,6 @@ pub fn split(
         }
     }
     Ok(ranges)
-}
-
-/// The first line start at or after the given part of the file, not before its data.
-fn cut_point(bytes: &[u8], data: usize, part: usize, parts: usize) -> u64 {
-    let size = bytes.len();
-    // In 128 bits the product of two 64-bit numbers cannot overflow.
-    let ideal = size as u128 * part as u128 / parts as u128;
-    let ideal = usize::try_from(ideal).unwrap_or(size);
-    if ideal <= data {
-        return data as u64;
-    }
-    // A line starts at `ideal` itself when the byte before it ends one.
-    memchr(b'\n', &bytes[ideal - 1..]).map_or(size, |at| ideal + at) as u64
 }
 
 /// The header that all files share, without its line end; `None` where the framing has none or all
@@ -179,10 +170,7 @@ pub fn header(files: &[InputFile], framing: &Framing) -> Result<Option<Vec<u8>>,
     }
     let mut first: Option<(&InputFile, Vec<u8>)> = None;
     for file in files {
-        let found = file.look(|bytes| {
-            let (text, data) = file.preamble(bytes, framing)?;
-            Ok((data > text.start).then(|| bytes[text].to_vec()))
-        })?;
+        let found = points::header(file, framing)?;
         match (&first, found) {
             (_, None) => {}
             (None, Some(found)) => first = Some((file, found)),
@@ -221,7 +209,7 @@ pub fn limit(
                 Ok(nth_line(bytes, data, framing, &mut left) as u64)
             })?,
         };
-        limited.push(InputFile { path: file.path.clone(), end });
+        limited.push(InputFile { end, ..file.clone() });
     }
     Ok(limited)
 }
@@ -430,15 +418,14 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_grew_is_read_as_measured_and_one_that_shrank_is_an_error() {
+    fn a_file_is_cut_as_it_was_measured_whether_it_grew_or_shrank() {
         let folder = tempfile::tempdir().unwrap();
         let files = files(&folder, &[b"a\nb\n"]);
         let before = split(&files, &Framing::text(), 2, Cut::AtLines).unwrap();
         std::fs::write(&files[0].path, b"a\nb\nc\nd\n").unwrap();
         assert_eq!(split(&files, &Framing::text(), 2, Cut::AtLines).unwrap(), before);
         std::fs::write(&files[0].path, b"a\n").unwrap();
-        let error = split(&files, &Framing::text(), 2, Cut::AtLines).unwrap_err();
-        assert!(matches!(error, InputError::Shrunk { planned: 4, found: 2, .. }), "{error}");
+        assert_eq!(split(&files, &Framing::text(), 2, Cut::AtLines).unwrap(), before);
     }
 
     #[test]
