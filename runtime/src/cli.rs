@@ -46,6 +46,10 @@ pub fn main_with<O: Args>(
     crate::init();
     let role = keeper::role::take();
     let program = role.as_ref().map_or_else(program_name, |role| role.name.clone());
+    if let Err(error) = crate::stack::ensure() {
+        crate::say!("{program}: {error}");
+        return ExitCode::from(error.exit_code());
+    }
     // Said here: the flattened arguments' own comments would stand in its place otherwise.
     let command = Command::<O>::command().about(ABOUT).long_about(None);
     let parsed = command

@@ -174,7 +174,7 @@ pub struct SettingsArgs {
     #[arg(long)]
     name: Option<String>,
     /// Worker processes [default: the number of cores]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     workers: Option<usize>,
     /// Cores to pin workers to, such as 0,2-5 [default: all that this process may use]
     #[arg(long, value_name = "LIST")]
@@ -186,16 +186,16 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "BYTES")]
     ring_bytes: Option<Bytes>,
     /// Key groups of each keyed operator [default: 128]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     key_groups: Option<usize>,
     /// Ask for huge pages
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     huge_pages: Option<bool>,
     /// Stop after so many records of the job's input
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>, allow_negative_numbers = true)]
     limit: Option<u64>,
     /// Read so many records a second, all sources together
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>, allow_negative_numbers = true)]
     rate: Option<u64>,
     /// File for what the job prints, exact across crashes; further prints go to FILE.2 and so on
     /// [default: standard output]
@@ -205,7 +205,7 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "FILE")]
     rejects: Option<PathBuf>,
     /// Fail when a source subtask has refused more lines than this
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<u64>, allow_negative_numbers = true)]
     max_rejects: Option<u64>,
     /// Read each input file whole, honouring line ends inside quotes
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -238,7 +238,7 @@ pub struct SettingsArgs {
     #[arg(long, value_enum, value_name = "TIER")]
     tier: Option<Tier>,
     /// Standbys that the workers of tier 2 share [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     standbys: Option<usize>,
     /// Take archived records from other workers without validating them
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
@@ -606,7 +606,10 @@ impl Settings {
             return usage(format!("--workers {}: a job has 1 to {limit} workers", self.workers));
         }
         if self.name.is_empty() || self.name.contains(['/', '\0', '\n']) {
-            return usage(format!("--name {:?}: a name has no slashes or line ends", self.name));
+            return usage(format!(
+                "--name {:?}: a name has one letter at least, and no slashes or line ends",
+                self.name
+            ));
         }
         if !self.ring_bytes.is_power_of_two() || !(4096..=1 << 30).contains(&self.ring_bytes) {
             return usage(format!(
@@ -616,7 +619,10 @@ impl Settings {
             ));
         }
         if self.key_groups == 0 || self.key_groups > 32_768 {
-            return usage(format!("--key-groups {}: 1 to 32768", self.key_groups));
+            return usage(format!(
+                "--key-groups {}: a keyed operator has 1 to 32768 key groups",
+                self.key_groups
+            ));
         }
         if self.rate == Some(0) {
             return usage(
@@ -702,6 +708,11 @@ fn read_file(path: &Path) -> Result<SettingsArgs, Error> {
     })
 }
 
+/// Parses a number of things.
+fn whole<N: std::str::FromStr>(text: &str) -> Result<N, String> {
+    text.parse().map_err(|_| "write a whole number, such as 2".to_owned())
+}
+
 /// Parses 0,2-5.
 fn parse_cores(list: &str) -> Result<Vec<usize>, String> {
     let bad = || format!("--cores {list:?}: write core numbers, such as 0,2-5");
@@ -713,7 +724,12 @@ fn parse_cores(list: &str) -> Result<Vec<usize>, String> {
         if first > last || last > 4095 {
             return Err(bad());
         }
-        cores.extend((first..=last).filter(|core| !cores.contains(core)).collect::<Vec<_>>());
+        for core in first..=last {
+            if cores.contains(&core) {
+                return Err(format!("--cores {list:?}: core {core} is named twice"));
+            }
+            cores.push(core);
+        }
     }
     Ok(cores)
 }

@@ -33,6 +33,8 @@ pub mod error;
 
 pub mod config;
 
+mod stack;
+
 pub mod slo;
 
 pub mod cli;

@@ -243,6 +243,17 @@ fn subtasks(draft: &Draft, index: usize, settings: &Settings) -> Result<usize, E
 }
 
 impl Plan {
+    /// What an operator that deals with the outside is called to people: the output that it writes,
+    /// else its own name.
+    pub(crate) fn outside_name(&self, operator: usize) -> String {
+        let output = self.outputs.iter().find(|(_, of)| *of == operator);
+        match (output, self.operators.get(operator)) {
+            (Some((output, _)), _) => format!("output {}", output.path.display()),
+            (None, Some(operator)) => format!("{} {}", operator.kind, operator.name),
+            (None, None) => format!("operator {operator}"),
+        }
+    }
+
     /// Plans a drawn flow.
     pub(crate) fn new(draft: &Draft, settings: &Settings) -> Result<Self, Error> {
         check(draft)?;

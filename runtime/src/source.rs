@@ -5,7 +5,8 @@
 //! died would have (R13). The engine stores the position in the step's transaction together with
 //! what the records led to, so nothing is lost or doubled. Reads land in private memory (R4).
 //!
-//! `stage` is the engine's side; `generator`, `file` and `stdin` are the sources that come with it.
+//! `stage` is the engine's side; `generator`, `file` and `stdin` are the sources that come with it;
+//! `blocking` is for those whose readers must wait.
 
 pub(crate) mod stage;
 
@@ -14,6 +15,8 @@ pub mod generator;
 pub mod file;
 
 pub mod stdin;
+
+pub mod blocking;
 
 use testudo_shm::record::Record;
 use testudo_shm::txn::Plain;
@@ -165,7 +168,7 @@ pub trait Source: 'static {
 /// Reads one subtask's part of a source.
 pub trait Reader<T: Record, P: Plain>: 'static {
     /// Emits up to `max` records and moves `position` behind them. Must not block for long: see
-    /// [`Progress::Idle`].
+    /// [`Progress::Idle`]; one that must is for [`Blocking`](blocking::Blocking).
     ///
     /// # Errors
     /// What is wrong, and what to do about it; the job fails with this text.

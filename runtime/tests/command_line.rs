@@ -97,7 +97,11 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
     };
     parsed(
         &["--workers", "x"],
-        "invalid value 'x' for '--workers <N>': invalid digit found in string",
+        "invalid value 'x' for '--workers <N>': write a whole number, such as 2",
+    );
+    parsed(
+        &["--workers", "-1"],
+        "invalid value '-1' for '--workers <N>': write a whole number, such as 2",
     );
     ours(&["--workers", "0"], "--workers 0: a job has 1 to 120 workers");
     ours(&["--workers", "121"], "--workers 121: a job has 1 to 120 workers");
@@ -136,17 +140,21 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
         &["--cores", "4095"],
         &format!("--cores: core 4095 is not among those this process may use {most:?}"),
     );
-    ours(&["--key-groups", "0"], "--key-groups 0: 1 to 32768");
-    ours(&["--key-groups", "32769"], "--key-groups 32769: 1 to 32768");
+    ours(&["--cores", "0,0"], "--cores \"0,0\": core 0 is named twice");
+    ours(&["--cores", "0-2,1"], "--cores \"0-2,1\": core 1 is named twice");
+    let groups = "a keyed operator has 1 to 32768 key groups";
+    ours(&["--key-groups", "0"], &format!("--key-groups 0: {groups}"));
+    ours(&["--key-groups", "32769"], &format!("--key-groups 32769: {groups}"));
     ours(
         &["--rate", "0"],
         "--rate 0: a job that reads nothing never ends; leave it out for full speed",
     );
-    ours(&["--name", "a/b"], "--name \"a/b\": a name has no slashes or line ends");
-    ours(&["--name", ""], "--name \"\": a name has no slashes or line ends");
+    let name = "a name has one letter at least, and no slashes or line ends";
+    ours(&["--name", "a/b"], &format!("--name \"a/b\": {name}"));
+    ours(&["--name", ""], &format!("--name \"\": {name}"));
     parsed(
         &["--limit", "1.5"],
-        "invalid value '1.5' for '--limit <N>': invalid digit found in string",
+        "invalid value '1.5' for '--limit <N>': write a whole number, such as 2",
     );
     parsed(
         &["--idle", "never"],
@@ -380,6 +388,7 @@ fn the_report_is_one_line_of_json() {
         "unaccounted",
         "edges",
         "slo",
+        "drained",
         "elapsed_s",
         "rate_per_s",
         "counters",
@@ -392,6 +401,7 @@ fn the_report_is_one_line_of_json() {
     assert_eq!(sorted, expected);
     assert_eq!(report["name"], "job");
     assert_eq!(report["workers"], 2);
+    assert_eq!(report["drained"], false);
     assert_eq!(report["records_in"], 6000);
     assert_eq!(report["records_out"], tally::KEYS);
     assert_eq!(report["counters"]["seen"], 6000);

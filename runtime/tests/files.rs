@@ -65,6 +65,7 @@ fn main() -> ExitCode {
             an_output_without_a_size_is_written_as_it_is,
             an_input_that_shrinks_costs_what_is_gone_and_that_is_counted,
             a_missing_input_is_found_before_any_output_is_touched,
+            a_header_without_a_needed_column_is_refused_before_any_output_is_touched,
             inputs_with_different_headers_are_refused,
         ],
     )
@@ -724,6 +725,32 @@ fn a_missing_input_is_found_before_any_output_is_touched() {
         )
     );
     assert_eq!(code, 3);
+    assert_eq!(fs::read_to_string(&case.output).ok().as_deref(), Some("precious\n"));
+}
+
+fn a_header_without_a_needed_column_is_refused_before_any_output_is_touched() {
+    let case = Case::new("id,share\n1,2\n");
+    fs::write(&case.output, "precious\n").expect("room for a file");
+    let (message, code) = run_failing(csv_to_file, &case.parameters(), settings(2));
+    assert_eq!(
+        message,
+        format!(
+            "source rows: input file {}: missing field `name`; the columns are id, share",
+            text(&case.input)
+        )
+    );
+    assert_eq!(code, 3);
+    assert_eq!(fs::read_to_string(&case.output).ok().as_deref(), Some("precious\n"));
+
+    fs::write(&case.input, "id,name,id\n").expect("room for a file");
+    let (message, _) = run_failing(csv_to_file, &case.parameters(), settings(2));
+    assert_eq!(
+        message,
+        format!(
+            "source rows: input file {}: the CSV header names column \"id\" twice",
+            text(&case.input)
+        )
+    );
     assert_eq!(fs::read_to_string(&case.output).ok().as_deref(), Some("precious\n"));
 }
 

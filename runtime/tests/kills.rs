@@ -7,14 +7,17 @@ mod common;
 use common::process::Disturber;
 use common::program::Cli;
 use common::tally::{self, ordered};
-use common::{Jobs, deep, finish, folder, run, settings, sorted_lines, start, text, trials};
+use common::{Build, Jobs, deep, finish, folder, run, settings, sorted_lines, start, text, trials};
 use std::path::Path;
 use std::process::ExitCode;
 use testudo::prelude::*;
 use testudo::sink::file::Lines;
+use testudo::source::blocking::Blocking;
+use testudo::source::{Collect, Progress, Reader, Source, Subtask};
 use testudo::testing::{KILL_AT, Point};
 
-const JOBS: Jobs = &[("ordered", ordered), ("busy", busy), ("winding", winding)];
+const JOBS: Jobs =
+    &[("ordered", ordered), ("busy", busy), ("winding", winding), ("waiting", waiting)];
 
 fn main() -> ExitCode {
     testudo::init();
@@ -25,6 +28,8 @@ fn main() -> ExitCode {
             one_kill_changes_nothing,
             a_job_is_exact_whoever_is_killed_at_random,
             a_job_is_exact_when_workers_are_stopped_and_continued,
+            r13_a_source_that_blocks_is_exact_across_kills,
+            a_source_that_blocks_for_ever_holds_nothing_up,
             five_hundred_kills_change_nothing,
             two_workers_killed_at_once_both_come_back,
             a_kill_loop_at_full_speed_changes_nothing,
@@ -47,9 +52,14 @@ fn main() -> ExitCode {
 
 /// Runs the self-checking job without an end, disturbs it, drains it and checks it.
 fn disturbed(workers: usize, disturb: impl FnOnce(&mut Disturber<'_>)) -> Report {
+    disturbed_job(ordered, workers, disturb)
+}
+
+/// The same with another job of that form.
+fn disturbed_job(build: Build, workers: usize, disturb: impl FnOnce(&mut Disturber<'_>)) -> Report {
     let folder = folder();
     let output = folder.path().join("rows.csv");
-    let running = start(ordered, &tally::parameters(u64::MAX, &output), settings(workers));
+    let running = start(build, &tally::parameters(u64::MAX, &output), settings(workers));
     let view = running.workers().expect("the job starts");
     let mut disturber = Disturber::new(&running, &view, workers as u64);
     disturb(&mut disturber);
@@ -99,6 +109,87 @@ fn a_job_is_exact_when_workers_are_stopped_and_continued() {
     for workers in [1, 2, 3] {
         disturbed(workers, |job| job.stop_randomly(deep(300, 30)));
     }
+}
+
+/// The numbers of the self-checking job, from a library that blocks now and then, and once it has
+/// given `until` of them for ever.
+struct Waiting {
+    until: u64,
+}
+
+struct Library {
+    until: u64,
+    step: u64,
+}
+
+impl Source for Waiting {
+    type Out = tally::Numbered;
+    type Position = u64;
+    type Reader = Library;
+
+    fn start(&self, subtask: Subtask) -> u64 {
+        subtask.index as u64
+    }
+
+    fn open(&self, subtask: Subtask, _from: &u64) -> Result<Library, String> {
+        Ok(Library { until: self.until, step: subtask.count as u64 })
+    }
+}
+
+impl Reader<tally::Numbered, u64> for Library {
+    fn read(
+        &mut self,
+        next: &mut u64,
+        _max: usize,
+        out: &mut impl Collect<tally::Numbered>,
+    ) -> Result<Progress, String> {
+        while *next >= self.until {
+            std::thread::park();
+        }
+        if (*next / self.step).is_multiple_of(64) {
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        out.emit(tally::numbered(*next));
+        *next += self.step;
+        Ok(Progress::More)
+    }
+}
+
+fn waiting(flow: &Flow, parameters: &str) {
+    let (_, output) = parameters.split_once(' ').expect("total and output");
+    let numbers = flow.source("library", Blocking::new(Waiting { until: u64::MAX }));
+    tally::tallied(flow, numbers.key_by(|record| record.key), output);
+}
+
+fn r13_a_source_that_blocks_is_exact_across_kills() {
+    for workers in [1, 2] {
+        let report = disturbed_job(waiting, workers, |job| job.kill_randomly(deep(200, 25)));
+        assert!(report.records_in > 0);
+    }
+}
+
+/// Two sources into one stream, of which one gives three records and then nothing any more.
+fn stuck(flow: &Flow, output: &str) {
+    let stuck = flow.source("library", Blocking::new(Waiting { until: 3 }));
+    let numbers = flow.source("numbers", Generator::new(50_000, tally::numbered));
+    stuck
+        .union(numbers)
+        .sink("out", FileSink::folder(output, "txt", Lines(|n: &tally::Numbered| n.key)));
+}
+
+fn a_source_that_blocks_for_ever_holds_nothing_up() {
+    let folder = folder();
+    let running = start(stuck, &text(folder.path()), settings(1));
+    // All of the other source passes meanwhile, and the job ends when it is asked to.
+    common::wait_for("the records of the other source", || {
+        let parts = std::fs::read_dir(folder.path()).expect("a folder").flatten();
+        let texts = parts.filter_map(|part| std::fs::read(part.path()).ok());
+        let lines = texts.map(|text| text.iter().filter(|byte| **byte == b'\n').count());
+        (lines.sum::<usize>() >= 50_003).then_some(())
+    });
+    running.stop();
+    let report = finish(running).expect("it drains");
+    assert_eq!((report.records_in, report.records_out), (50_003, 50_003));
 }
 
 fn five_hundred_kills_change_nothing() {

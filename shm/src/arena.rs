@@ -161,14 +161,6 @@ impl Arena {
         unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_POPULATE_READ) };
     }
 
-    /// As [`Arena::populate`], to be written: of a range that may be, and that has pages. One costs
-    /// half of what its first access would, which brings its neighbours as well.
-    pub fn populate_to_write(&self, at: usize, len: usize) {
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.len));
-        // SAFETY: as above; no byte changes.
-        unsafe { libc::madvise(self.base.add(at).cast(), len, libc::MADV_POPULATE_WRITE) };
-    }
-
     /// Makes a mapping of its own out of a part of one, by a difference that does not matter: core
     /// files have it. What is brought into the page tables there brings no neighbours with it, and
     /// making it writable splits nothing.

@@ -193,8 +193,6 @@ pub(crate) struct Shared {
     /// Big blocks freed by the last step, whose pages may be given back.
     pub(crate) punchable: RefCell<Vec<(u32, u64, u64)>>,
     open: RefCell<Vec<Box<str>>>,
-    /// See [`Groups::read_ahead`].
-    pub(crate) reads_ahead: Cell<bool>,
     /// How each open state is looked at.
     pub(crate) checks: RefCell<Vec<Check>>,
     /// Something is being moved: blocks come from behind the heap's end alone, and none is freed.
@@ -419,18 +417,10 @@ impl Groups {
             step: Cell::new(1),
             punchable: RefCell::new(Vec::new()),
             open: RefCell::new(Vec::new()),
-            reads_ahead: Cell::new(false),
             checks: RefCell::new(Vec::new()),
             is_moving: Cell::new(false),
         };
         Self { shared: Rc::new(shared) }
-    }
-
-    /// From here on, tables read their headers when they are opened, not when they are first looked
-    /// into. Two processes with equal segments then do the same to them, however long either has
-    /// been at it: looking into a table that grows moves it on.
-    pub fn read_ahead(&self) {
-        self.shared.reads_ahead.set(true);
     }
 
     /// Takes a group that is mapped at `base..base + len`: formats it when it is empty, checks it

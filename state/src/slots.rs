@@ -477,9 +477,6 @@ impl<S: Shape> Slots<S> {
             (desc.base, desc.header) = (seg.base(), header);
         }
         self.desc[group as usize].set(desc);
-        if self.shared.reads_ahead.get() {
-            self.bring(group);
-        }
     }
 
     /// Reads one header again; zero means that the group has no table.
@@ -736,14 +733,24 @@ impl<S: Shape> Slots<S> {
         hash: u64,
         key: &[u8],
     ) -> Option<Slot<'static>> {
-        let is_new = self.bring(group);
-        if is_new || !self.desc(group).old.is_null() {
-            self.move_some(txn, group);
-            let desc = self.desc(group);
+        let look = |this: &Self| {
+            let desc = this.desc(group);
             // SAFETY: as in `find`.
             let (at, found) = unsafe { probe::<S>(desc.slots, desc.mask, desc.base, hash, key) };
-            if found {
-                return Some(Slot { at, of: PhantomData });
+            found.then_some(Slot { at, of: PhantomData })
+        };
+        // A key that is found moves nothing on, whether the header was read before or is now: so
+        // two processes with equal segments do the same to them, however long either has been at
+        // it.
+        if self.bring(group)
+            && let Some(slot) = look(self)
+        {
+            return Some(slot);
+        }
+        if !self.desc(group).old.is_null() {
+            self.move_some(txn, group);
+            if let Some(slot) = look(self) {
+                return Some(slot);
             }
         }
         let slot = self.find_elsewhere(group, hash, key)?;

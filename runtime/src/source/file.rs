@@ -155,6 +155,40 @@ impl<T> FileSource<T> {
     }
 }
 
+/// Records on which a header is tried.
+const TRIED: usize = 100;
+
+impl<T: Record> FileSource<T> {
+    /// Tries the header on the first records: where it lacks a column that the job needs, every
+    /// line of every file would be refused, so the job does not begin.
+    fn check_header(&self, inputs: &[InputFile], framing: &Framing) -> Result<(), String> {
+        let text = |error: lines::InputError| error.to_string();
+        let Some(header) = split::header(inputs, framing).map_err(text)? else {
+            return Ok(());
+        };
+        let ranges = split::split(inputs, framing, 1, self.cut()).map_err(text)?.swap_remove(0);
+        let first = ranges.first();
+        let file =
+            first.map_or_else(|| inputs.iter().position(|input| input.end > 0), |r| Some(r.file));
+        let path = &inputs[file.unwrap_or_default()].path;
+        let named = |why: String| format!("input file {}: {why}", path.display());
+        let mut decode = (self.make)(self.form, Some(&header)).map_err(named)?;
+        let Some(range) = first else { return Ok(()) };
+        let mut reader = LineReader::open(path, range.bytes.clone(), *framing).map_err(text)?;
+        for _ in 0..TRIED {
+            match reader.next().map_err(text)? {
+                None => break,
+                Some(Next::Reject { .. }) => {}
+                Some(Next::Line { text, .. }) => match decode(text) {
+                    Err(why) if csv::lacks_column(&why) => return Err(named(why)),
+                    _ => {}
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Reads one subtask's ranges.
 pub struct FileReader<T> {
     files: Vec<InputFile>,
@@ -198,6 +232,7 @@ impl<T: Record> Source for FileSource<T> {
         let framing =
             Self { keep_whole: wishes.keep_whole, inputs: Vec::new(), paths: Vec::new(), ..*self }
                 .framing();
+        self.check_header(&inputs, &framing)?;
         if let Some(records) = wishes.limit {
             inputs = split::limit(&inputs, &framing, records).map_err(|error| error.to_string())?;
         }

@@ -315,14 +315,10 @@ impl Board {
         let state = OutsideState::of(get(&slot.state));
         // What a dead worker has left there need not be true: only its own words are shown.
         let index = usize::try_from(get(&slot.operator)).ok()?.checked_sub(1)?;
-        let operator = self.plan.operators.get(index)?;
-        let output = self.plan.outputs.iter().find(|(_, of)| *of == index);
+        self.plan.operators.get(index)?;
         let errno = i32::try_from(get(&slot.errno)).unwrap_or(0);
         Some(External {
-            name: match output {
-                Some((output, _)) => format!("output {}", output.path.display()),
-                None => format!("{} {}", operator.kind, operator.name),
-            },
+            name: self.plan.outside_name(index),
             worker: Some(worker),
             state: match state {
                 OutsideState::Ok => ExternalState::Ok,

@@ -403,7 +403,8 @@ impl Play<'_> {
         ended?;
         let restarts = std::mem::take(&mut self.crew.restarts);
         let elapsed = Duration::from_nanos(now_ns() - self.scribe.begun_ns());
-        let report = Report::new(plan, settings, scene, restarts, elapsed);
+        let mut report = Report::new(plan, settings, scene, restarts, elapsed);
+        report.drained = events.signals.load(Ordering::Acquire) > 0;
         Ok(report.with_checkpoints(self.checkpointer.as_ref().map(Checkpointer::history)))
     }
 }

@@ -113,6 +113,9 @@ pub struct Report {
     pub edges: Vec<EdgeAccount>,
     /// What the job promised, and how often it did not keep that.
     pub slo: Promise,
+    /// It was asked to end (SIGINT, SIGTERM, `testudo stop`), and did so: what it had read was
+    /// finished, the rest of its input was not read.
+    pub drained: bool,
     /// Seconds from start to end.
     pub elapsed_s: f64,
     /// Records read per second.
@@ -168,6 +171,7 @@ impl Report {
             unaccounted: 0,
             edges: Vec::new(),
             slo: Promise::new(&plan.slo, 0, 0, &[]),
+            drained: false,
             elapsed_s: 0.0,
             rate_per_s: 0.0,
             counters: plan.user_counters.iter().map(|name| (name.clone(), 0)).collect(),
@@ -218,6 +222,7 @@ impl Report {
             unaccounted: edges.iter().map(|edge| edge.in_rings).sum(),
             slo: promise(plan, scene, &edges, &restarts),
             edges,
+            drained: false,
             elapsed_s,
             rate_per_s: records_in as f64 / elapsed_s.max(1e-9),
             counters: names
@@ -257,6 +262,10 @@ impl Report {
             self.rate_per_s,
             self.workers
         );
+        if self.drained {
+            text += "  ended on request: what was read is finished, the rest of the input is not \
+                     read\n";
+        }
         for (name, value) in &self.counters {
             let _ = writeln!(text, "  {name}: {value}");
         }

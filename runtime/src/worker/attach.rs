@@ -330,7 +330,7 @@ impl Attach {
         };
         let (own, _) = this.pages();
         this.is_founded = own.founded.load(Ordering::Relaxed) != 0;
-        this.cx.outside = Outside::new(&own.outside, &own.times.waiting_since_ns);
+        this.cx.outside = Outside::new(&own.outside, &own.times.waiting_since_ns, plan);
         this
     }
 
@@ -801,9 +801,6 @@ impl Attach {
         let is_whole = state.grouping == Grouping::BySubtask;
         let count = if is_whole { 1 } else { laid.groups as u32 };
         let groups = Groups::new(&spec.name, count, state.of_groups(), Rc::clone(&self.gauge));
-        if plan.layout.follow(self.worker).is_some() {
-            groups.read_ahead();
-        }
         for group in held_groups(&plan, laid.operator, laid.groups, self.worker) {
             let number = if is_whole { 0 } else { group as u32 };
             let base = self.arena.at(laid.at + group * stride(laid.bytes));

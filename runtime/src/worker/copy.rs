@@ -129,14 +129,6 @@ impl Copy {
         Ok(bytes)
     }
 
-    /// Whether something lay behind the first page of the group at an arena offset.
-    pub(super) fn has_tables(&self, at: usize) -> bool {
-        let Some(place) = self.places.get(&at) else { return false };
-        // In the order in which the groups lie in the arena, as their places are.
-        let found = self.used.binary_search_by_key(place, |(from, _)| *from);
-        found.is_ok_and(|index| self.used[index].1 - place > PAGE)
-    }
-
     /// How far each input ring was given back when the copy was made.
     pub(super) fn heads<'a>(&'a self, plan: &'a Plan) -> impl Iterator<Item = u64> + 'a {
         let own = plan.layout.segments[self.worker].at;

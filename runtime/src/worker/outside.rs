@@ -7,11 +7,14 @@
 //! - pauses between tries grow from [`PAUSE_NS`] to [`PAUSE_MAX_NS`], doubled each time, and begin
 //!   anew with the first success;
 //! - each state is in the worker's header, for the supervisor to show, and so is since when the
-//!   worker waits: whoever watches for hung workers leaves it alone.
+//!   worker waits: whoever watches for hung workers leaves it alone;
+//! - an outage is told once on standard error, and its end, however often a system comes and goes.
 //!
 //! Called by sinks and sources of files; made by `attach`.
 
+use crate::plan::Plan;
 use crate::time::{now_ns, unix_ms};
+use std::rc::Rc;
 use testudo_shm::header::{OutsideState, OutsideWords};
 use testudo_shm::primitive::{AtomicU64, Ordering};
 
@@ -20,6 +23,9 @@ const PAUSE_NS: u64 = 5_000_000;
 
 /// Longest pause.
 pub(crate) const PAUSE_MAX_NS: u64 = 1_000_000_000;
+
+/// A system's next outage is told again after so long.
+const TOLD_AGAIN_NS: u64 = 10_000_000_000;
 
 /// Errors of the operating system that pass by themselves, or with somebody's help, while whoever
 /// has them waits and tries again.
@@ -50,23 +56,32 @@ struct Place {
     in_a_row: u32,
     next_ns: u64,
     waits: bool,
+    /// When its last outage was told, and whether its end is still to be.
+    told_ns: Option<u64>,
+    is_told: bool,
 }
 
 /// All systems of a worker, by the operator that uses them.
 #[derive(Debug, Default)]
 pub(crate) struct Outside {
     words: Option<(&'static [OutsideWords], &'static AtomicU64)>,
+    /// Has the systems' names.
+    plan: Option<Rc<Plan>>,
     places: Vec<Place>,
 }
 
 impl Outside {
     /// In a worker: nothing is known yet, whatever its predecessor has found.
-    pub(crate) fn new(words: &'static [OutsideWords], since: &'static AtomicU64) -> Self {
+    pub(crate) fn new(
+        words: &'static [OutsideWords],
+        since: &'static AtomicU64,
+        plan: &Rc<Plan>,
+    ) -> Self {
         for slot in words {
             slot.state.store(OutsideState::Ok as u64, Ordering::Release);
         }
         since.store(0, Ordering::Release);
-        Self { words: Some((words, since)), places: Vec::new() }
+        Self { words: Some((words, since)), plan: Some(Rc::clone(plan)), places: Vec::new() }
     }
 
     /// Whether some system is waited for.
@@ -100,6 +115,22 @@ impl Outside {
         let state = if waits { OutsideState::Waiting } else { OutsideState::Failing };
         self.note(at, state, errno, is_news);
         self.note_waiting(now);
+        if is_news {
+            self.tell(at, errno, now);
+        }
+    }
+
+    /// Says that a system fails.
+    fn tell(&mut self, at: usize, errno: i32, now: u64) {
+        let (Some(plan), place) = (&self.plan, &mut self.places[at]) else { return };
+        if place.told_ns.is_some_and(|told| now < told + TOLD_AGAIN_NS) {
+            return;
+        }
+        (place.told_ns, place.is_told) = (Some(now), true);
+        let name = plan.outside_name(place.operator);
+        let error = std::io::Error::from_raw_os_error(errno);
+        let meanwhile = if place.waits { "the job waits for it" } else { "the job goes on" };
+        crate::say!("testudo: {name}: {error}; {meanwhile} and tries again");
     }
 
     /// A try succeeded.
@@ -108,6 +139,11 @@ impl Outside {
         let at = self.place(operator);
         let place = &mut self.places[at];
         (place.in_a_row, place.next_ns, place.waits) = (0, 0, false);
+        if std::mem::take(&mut place.is_told)
+            && let Some(plan) = &self.plan
+        {
+            crate::say!("testudo: {}: works again", plan.outside_name(place.operator));
+        }
         self.note(at, OutsideState::Ok, 0, true);
         self.note_waiting(now_ns());
     }

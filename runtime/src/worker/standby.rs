@@ -319,18 +319,6 @@ impl<'a> Stand<'a> {
         Originals { own, groups, peers, control }
     }
 
-    /// Brings in where each group's tables begin, which a worker of tier 1 reads when it attaches.
-    /// Now, and not before: a mapping that has pages takes much longer to be made writable.
-    fn bring_tables(&self, copy: &Copy, worker: usize) {
-        for laid in &self.plan.layout.groups {
-            let groups = held_groups(self.plan, laid.operator, laid.groups, worker).into_iter();
-            let places = groups.map(|group| laid.at + group * stride(laid.bytes));
-            for at in places.filter(|at| copy.has_tables(*at)) {
-                self.arena.populate_to_write(at + PAGE, PAGE);
-            }
-        }
-    }
-
     /// Maps what a worker and its replica tell each other, as the replica has it.
     fn map_follow(&self, description: &Description) -> Result<(), Error> {
         let worker = self.worker();
@@ -442,9 +430,6 @@ impl<'a> Stand<'a> {
         unsafe { self.page.keep(&parts) };
         self.page.set(State::Took(worker));
         self.make_writable(worker)?;
-        if let Some(copy) = &self.copy {
-            self.bring_tables(copy, worker);
-        }
         point(Point::StandbyWritable);
         Ok(true)
     }
