@@ -225,6 +225,12 @@ impl Desc {
             header: 0,
         }
     }
+
+    /// Whether there is a table, and its header is still to be read.
+    #[inline(always)]
+    fn is_unread(&self) -> bool {
+        self.header != 0 && std::ptr::eq(self.slots, no_slots())
+    }
 }
 
 /// The one empty slot.
@@ -444,6 +450,8 @@ pub(crate) struct Slots<S: Shape> {
     stamp: Stamp,
     /// Groups whose table grows out of another one.
     growing: std::cell::Cell<u32>,
+    /// Groups whose header is still to be read.
+    unread: std::cell::Cell<u32>,
     /// Slots of the tables that it makes.
     first: u64,
     shape: PhantomData<fn() -> S>,
@@ -454,8 +462,8 @@ impl<S: Shape> Slots<S> {
     pub(crate) fn new(shared: Rc<Shared>, home: Home) -> Self {
         let desc = (0..shared.groups).map(|_| std::cell::Cell::new(Desc::nothing())).collect();
         let stamp = Stamp { table: TABLES.fetch_add(1, Ordering::Relaxed), change: 0 };
-        let (growing, first) = (Default::default(), CAPACITY_MIN);
-        Self { shared, desc, home, stamp, growing, first, shape: PhantomData }
+        let (growing, unread, first) = (Default::default(), Default::default(), CAPACITY_MIN);
+        Self { shared, desc, home, stamp, growing, unread, first, shape: PhantomData }
     }
 
     /// Reads all headers again through a word of the named root.
@@ -476,6 +484,8 @@ impl<S: Shape> Slots<S> {
         if let Some(seg) = self.shared.try_seg(group) {
             (desc.base, desc.header) = (seg.base(), header);
         }
+        let unread = self.unread.get() + u32::from(desc.is_unread());
+        self.unread.set(unread - u32::from(old.is_unread()));
         self.desc[group as usize].set(desc);
     }
 
@@ -489,8 +499,7 @@ impl<S: Shape> Slots<S> {
     /// found before may be there.
     #[inline]
     fn bring(&self, group: u32) -> bool {
-        let desc = self.desc(group);
-        let is_missing = desc.header != 0 && std::ptr::eq(desc.slots, no_slots());
+        let is_missing = self.desc(group).is_unread();
         if is_missing {
             self.read_header(group);
         }
@@ -522,6 +531,7 @@ impl<S: Shape> Slots<S> {
             place.moved = unsealed(word(offset_of!(Header, moved))) as u32;
         }
         self.desc[group as usize].set(desc);
+        self.unread.set(self.unread.get() - 1);
     }
 
     /// Keys in all held groups.
@@ -665,10 +675,26 @@ impl<S: Shape> Slots<S> {
         for (line, hash) in lines.iter_mut().zip(hashes.clone()) {
             *line = self.prefetch_line(self.group(hash), hash.0);
         }
+        if self.unread.get() > 0 {
+            self.ask_anew(hashes.clone(), &mut ahead.places[ahead.from..ahead.to]);
+        }
         if self.growing.get() > 0 {
             hashes.for_each(|hash| self.prefetch_old(self.group(hash), hash.0));
         }
         (ahead.stamp, ahead.logged_in) = (self.stamp, None);
+    }
+
+    /// Reads the headers of the groups in which some keys are looked for, where that was not done
+    /// yet: what is found ahead, and logged, must not depend on how long this process has been at
+    /// it, since a replica does the same to a copy.
+    #[cold]
+    #[inline(never)]
+    fn ask_anew(&self, hashes: impl Iterator<Item = KeyHash>, lines: &mut [*mut u8]) {
+        for (line, hash) in lines.iter_mut().zip(hashes) {
+            let group = self.group(hash);
+            self.bring(group);
+            *line = self.prefetch_line(group, hash.0);
+        }
     }
 
     /// Finds and logs the values of the keys that were asked for, where they lie in the keys' home

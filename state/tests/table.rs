@@ -434,3 +434,93 @@ fn what_was_found_ahead_before_a_commit_is_logged_again() {
     let found = with_key(&7, |hash, item| table.get(hash, item).map(|found| *found.view));
     assert_eq!(found, Some(1));
 }
+
+/// Takes three chunks of keys through the three steps, and gives what was logged.
+fn counted(world: &mut World, table: &mut Table<u64, u64>, chunks: &[Vec<u64>]) -> u64 {
+    let mut aheads: [Ahead; 3] = Default::default();
+    world.txn.begin_stages();
+    for (chunk, ahead) in chunks.iter().zip(&mut aheads) {
+        ahead.restart();
+        table.ask(chunk.iter().copied(), ahead);
+    }
+    for (chunk, ahead) in chunks.iter().zip(&mut aheads) {
+        table.find_and_log(&mut world.txn, chunk.iter().copied(), ahead);
+    }
+    let mut model = Model::new();
+    for (chunk, ahead) in chunks.iter().zip(&mut aheads) {
+        let mut rest = &chunk[..];
+        while !rest.is_empty() {
+            let run = table.run(&mut world.txn, rest.iter().copied(), ahead);
+            let done = run.for_each(rest.iter(), |count, key| {
+                *count += 1;
+                model.insert(*key, *count);
+                ControlFlow::Continue(())
+            });
+            if let Some(key) = rest.get(done) {
+                with_key(key, |hash, item| {
+                    let count = table.update(&mut world.txn, hash, item, || 0, |count| *count += 1);
+                    model.insert(*key, *count.expect("room"));
+                });
+            }
+            ahead.advance(done + 1);
+            rest = rest.get(done + 1..).unwrap_or_default();
+        }
+    }
+    let all = model.values().fold(0, |sum: u64, count| sum.wrapping_mul(31).wrapping_add(*count));
+    world.txn.digest(usize::MAX) ^ all
+}
+
+#[test]
+fn r21_what_is_logged_does_not_depend_on_how_long_a_process_has_been_at_it() {
+    const GROUPS: u32 = 64;
+    let mut random = Random::new(31);
+    let mut world = World::new(GROUPS, 1 << 16);
+    let groups = world.attach();
+    let mut table = groups.table::<u64, u64>(&mut world.txn, "table").expect("open");
+    world.commit(&groups);
+    for round in 0..times(300) {
+        let chunk = |random: &mut Random| {
+            (0..AHEAD).map(|_| random.below(300 + round * 50)).collect::<Vec<_>>()
+        };
+        let chunks: Vec<_> = (0..3).map(|_| chunk(&mut random)).collect();
+        // One that has just attached to an equal segment: it has read no header yet.
+        let mut image = world.image();
+        let its_groups = image.attach();
+        let mut its_table = its_groups.table::<u64, u64>(&mut image.txn, "table").expect("open");
+        image.commit(&its_groups);
+        let logged = counted(&mut world, &mut table, &chunks);
+        assert_eq!(logged, counted(&mut image, &mut its_table, &chunks), "round {round}");
+        assert!(world.txn.logged() > 0, "round {round}: nothing was logged");
+        world.commit(&groups);
+    }
+}
+
+#[test]
+fn r21_the_same_holds_for_keys_that_are_looked_up_one_by_one() {
+    const GROUPS: u32 = 32;
+    let mut random = Random::new(32);
+    let mut world = World::new(GROUPS, 1 << 18);
+    let groups = world.attach();
+    let mut table = groups.table::<String, u64>(&mut world.txn, "table").expect("open");
+    world.commit(&groups);
+    for round in 0..times(200) {
+        let keys: Vec<u64> = (0..60).map(|_| random.below(100 + round * 40)).collect();
+        let count = |world: &mut World, table: &mut Table<String, u64>| {
+            world.txn.begin_stages();
+            for key in &keys {
+                with_key(&string(*key), |hash, item| {
+                    let done = table.update(&mut world.txn, hash, item, || 0, |count| *count += 1);
+                    done.map(|_| ()).expect("room");
+                });
+            }
+            world.txn.digest(usize::MAX)
+        };
+        let mut image = world.image();
+        let its_groups = image.attach();
+        let mut its_table = its_groups.table::<String, u64>(&mut image.txn, "table").expect("open");
+        image.commit(&its_groups);
+        let logged = count(&mut world, &mut table);
+        assert_eq!(logged, count(&mut image, &mut its_table), "round {round}");
+        world.commit(&groups);
+    }
+}
