@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             every_bad_value_is_refused_with_what_it_should_be,
             every_bad_configuration_file_is_refused_with_its_place,
             outputs_that_cannot_be_written_are_refused,
+            a_checkpoint_folder_that_cannot_be_made_is_refused,
             a_configuration_file_stands_between_flags_and_defaults,
             switches_can_be_turned_off_where_the_file_turned_them_on,
             a_switch_takes_no_value_from_the_next_word,
@@ -233,6 +234,19 @@ fn outputs_that_cannot_be_written_are_refused() {
         let ended = Cli::new(job, &parameters).workers(1).run();
         assert_eq!((ended.err, ended.code), (format!("job: {message}\n"), Some(3)));
     }
+    assert_eq!(fs::read_to_string(&file).ok().as_deref(), Some("precious\n"));
+}
+
+fn a_checkpoint_folder_that_cannot_be_made_is_refused() {
+    let folder = folder();
+    let file = folder.path().join("file");
+    fs::write(&file, "precious\n").expect("room for a file");
+    let inside = text(&file.join("checkpoints"));
+    let message = format!(
+        "job: checkpoint folder {inside} cannot be made or used: Not a directory (os error 20); \
+         give one on a disk that this user may write to\n"
+    );
+    refused(&["--checkpoint-dir", &inside], 6, &message);
     assert_eq!(fs::read_to_string(&file).ok().as_deref(), Some("precious\n"));
 }
 

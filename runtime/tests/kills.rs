@@ -143,8 +143,10 @@ impl Reader<tally::Numbered, u64> for Library {
         _max: usize,
         out: &mut impl Collect<tally::Numbered>,
     ) -> Result<Progress, String> {
-        while *next >= self.until {
-            std::thread::park();
+        if *next >= self.until {
+            loop {
+                std::thread::park();
+            }
         }
         if (*next / self.step).is_multiple_of(64) {
             std::thread::sleep(Duration::from_micros(500));

@@ -1,6 +1,6 @@
-//! Sources that block: a client library that waits for its server, say. Each reader runs in a helper
-//! thread of its worker, and what it read reaches the data thread by a ring in the process's own
-//! memory (`rtrb`); the worker goes on meanwhile with all else that it has to do.
+//! Sources that block: a client library that waits for its server, say. Each reader runs in a
+//! helper thread of its worker, and what it read reaches the data thread by a ring in the process's
+//! own memory (`rtrb`); the worker goes on meanwhile with all else that it has to do.
 //!
 //! Invariants:
 //! - the helper touches no segment: each record comes with the position behind it, and the data
@@ -234,25 +234,27 @@ impl<T: Record + Clone, P: Plain> Helper<T, P> {
             let progress = reader.read(&mut self.position, 1, &mut out);
             let is_empty = out.record.is_none() && out.rejects.is_empty();
             let was_blocked = std::mem::replace(&mut is_blocked, false);
-            let goes_on = match progress {
+            let (then, until_ns) = match progress {
                 _ if out.surplus > 0 => {
-                    let message = "the source emitted more records than it was asked for".into();
-                    self.push(out, Then::Failed(message))
+                    let message = "the source emitted more records than it was asked for";
+                    (Some(Then::Failed(message.into())), None)
                 }
-                Ok(Progress::More) => self.push(out, Then::On),
+                Ok(Progress::More) => (Some(Then::On), None),
                 Ok(Progress::Idle { until_ns }) => {
-                    let is_told = is_empty && !was_blocked;
-                    (is_told || self.push(out, Then::On)) && self.nap(until_ns)
+                    let is_news = !is_empty || was_blocked;
+                    (is_news.then_some(Then::On), Some(until_ns))
                 }
                 Ok(Progress::Blocked { until_ns, errno }) => {
                     is_blocked = true;
-                    let is_told = is_empty && was_blocked;
-                    (is_told || self.push(out, Then::Blocked(errno))) && self.nap(until_ns)
+                    let is_news = !is_empty || !was_blocked;
+                    (is_news.then_some(Then::Blocked(errno)), Some(until_ns))
                 }
-                Ok(Progress::End) => self.push(out, Then::End) && false,
-                Err(message) => self.push(out, Then::Failed(message)) && false,
+                Ok(Progress::End) => (Some(Then::End), None),
+                Err(message) => (Some(Then::Failed(message)), None),
             };
-            if !goes_on {
+            let is_last = matches!(then, Some(Then::End | Then::Failed(_)));
+            let is_taken = then.is_none_or(|then| self.push(out, then));
+            if is_last || !is_taken || !until_ns.is_none_or(|until_ns| self.nap(until_ns)) {
                 return;
             }
         }

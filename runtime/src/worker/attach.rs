@@ -1211,12 +1211,13 @@ fn announce(header: &WorkerHeader, role: Role, description: &Description) {
     // Also where the segment was emptied, a life has a number that none before it had.
     let lives = header.incarnation.load(Ordering::Relaxed).max(role.life);
     header.incarnation.store(lives + 1, Ordering::Release);
-    name_process(header);
     header.before_ns.store(header.commit_ns.load(Ordering::Relaxed), Ordering::Relaxed);
     header.first_commit_ns.store(0, Ordering::Relaxed);
     header.attached_ns.store(0, Ordering::Relaxed);
     header.sleeping.store(0, Ordering::Relaxed);
     header.state.store(WorkerState::Attaching as u32, Ordering::Release);
+    // Last: whoever finds this process's number finds nothing of its predecessor's life beside it.
+    name_process(header);
 }
 
 fn core_of(settings: &Settings, worker: usize) -> Option<usize> {

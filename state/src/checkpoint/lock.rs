@@ -31,7 +31,7 @@ impl FolderLock {
     /// Takes the folder for this process, in the name of `job`.
     pub(crate) fn take(folder: &Path, job: u32) -> Result<Self, StoreError> {
         let path = folder.join(LOCK);
-        let failed = |source| StoreError::Io { file: path.clone(), source };
+        let failed = |source| StoreError::Unusable { folder: folder.to_owned(), source };
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let mut file = options.open(&path).map_err(failed)?;

@@ -46,6 +46,13 @@ pub enum StoreError {
         /// Why.
         source: io::Error,
     },
+    /// The folder cannot be made, or not be used at all.
+    Unusable {
+        /// The folder.
+        folder: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// A file is not as it was written.
     Damaged(Damage),
     /// Another process works with the folder.
@@ -85,6 +92,12 @@ impl fmt::Display for StoreError {
                  it still counts: make room or mend the disk, the next attempt uses new files",
                 file.display()
             ),
+            Self::Unusable { folder, source } => write!(
+                f,
+                "checkpoint folder {} cannot be made or used: {source}; give one on a disk that \
+                 this user may write to",
+                folder.display()
+            ),
             Self::Damaged(damage) => damage.fmt(f),
             Self::Locked { folder, pid } => {
                 let pid = pid.map_or("another process".to_string(), |pid| format!("process {pid}"));
@@ -120,7 +133,7 @@ impl fmt::Display for StoreError {
 impl std::error::Error for StoreError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Io { source, .. } => Some(source),
+            Self::Io { source, .. } | Self::Unusable { source, .. } => Some(source),
             _ => None,
         }
     }
@@ -207,7 +220,7 @@ impl Store {
     /// # Errors
     /// As [`Store::open`].
     pub fn open_for(folder: &Path, disk: Box<dyn Disk>, job: u32) -> Result<Self, StoreError> {
-        let failed = |source| StoreError::Io { file: folder.to_owned(), source };
+        let failed = |source| StoreError::Unusable { folder: folder.to_owned(), source };
         std::fs::create_dir_all(folder).map_err(failed)?;
         // The folder's own name must survive as well.
         let real = folder.canonicalize().map_err(failed)?;
