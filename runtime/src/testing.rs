@@ -363,6 +363,17 @@ fn judge(file: &std::path::Path, path: &std::path::Path) -> Verdict {
     }
 }
 
+/// The environment variable that has supervisors wait so many milliseconds for a standby that is to
+/// take over, instead of their own bound: for tests of its taking over.
+pub const STANDBY_GRACE: &str = "TESTUDO_STANDBY_GRACE_MS";
+
+/// How long a supervisor waits for a standby.
+pub(crate) fn standby_grace(usual: std::time::Duration) -> std::time::Duration {
+    static ASKED: std::sync::OnceLock<Option<u64>> = std::sync::OnceLock::new();
+    let asked = ASKED.get_or_init(|| std::env::var(STANDBY_GRACE).ok()?.parse().ok());
+    asked.map_or(usual, std::time::Duration::from_millis)
+}
+
 /// A place where this process may be told to die.
 #[inline(always)]
 pub(crate) fn point(at: Point) {

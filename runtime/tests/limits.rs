@@ -270,7 +270,7 @@ fn a_slow_consumer_costs_no_memory() {
 }
 
 /// Records that cross before each becomes ten: with rings of a page every few of them are a wait.
-const CROSSING: u64 = 5000;
+const CROSSING: u64 = 20_000;
 
 /// Both workers send everything to each other, twice, and each record becomes several on the way.
 fn crossing(flow: &Flow, output: &str) {
@@ -360,7 +360,7 @@ fn the_smallest_rings_carry_every_kind_of_exchange() {
 /// Records of the jobs that grow, at half a KiB each: a job that nobody refuses ends by itself, far
 /// below what a test may take (its memory is held by its launching process, so that no end of a
 /// worker would free it), and far above what makes the gauge look again.
-const GROWTH: u64 = 100_000;
+const GROWTH: u64 = 400_000;
 
 /// State that grows with every record.
 fn growing(flow: &Flow, _: &str) {
@@ -402,7 +402,10 @@ fn growing_lists(flow: &Flow, _: &str) {
 fn refused_growth(job: &str) {
     let folder = folder();
     let write = |name: &str, bytes: u64| {
-        std::fs::write(folder.path().join(name), format!("{bytes}\n")).expect("room for a file");
+        // Never half written: a worker would take it for no limit.
+        let new = folder.path().join("new");
+        std::fs::write(&new, format!("{bytes}\n")).expect("room for a file");
+        std::fs::rename(new, folder.path().join(name)).expect("our own file");
     };
     // A worker budgets a sixteenth of what is free beyond the reserve, 6 MiB; then it looks again.
     write("memory.max", 256 << 20);

@@ -177,13 +177,16 @@ impl Scene {
 }
 
 fn kill_worker(job: &Started, number: usize) {
+    let name = format!("testudo-w{number}");
     let is_it = |pid: &u32| {
-        let name = format!("testudo-w{number}");
-        common::process::stat(*pid).is_some_and(|stat| stat.name == name)
+        common::process::stat(*pid).is_some_and(|stat| stat.name == name && stat.state != 'Z')
     };
-    let worker = job.workers(2).into_iter().find(is_it).expect("that worker");
+    let own = || common::process::workers_of(job.pid()).into_iter().find(is_it);
+    let worker = wait_for("that worker", own);
     let held = common::process::Held::child_of(worker, job.pid()).expect("a worker of the job");
     assert!(held.signal(libc::SIGKILL));
+    // Whoever is killed next is another one.
+    wait_for("its end", || held.has_ended().then_some(()));
 }
 
 fn a_full_output_is_waited_for_and_nothing_is_lost_or_doubled() {
@@ -263,7 +266,7 @@ fn checkpoints_fail_while_an_output_is_full_and_work_afterwards() {
     let checkpoints = text(&scene.path("ck"));
     let args =
         ["--checkpoint-dir", &checkpoints, "--checkpoint-interval", "20ms", "--part-bytes", "1KiB"];
-    let life = scene.life().args(args).args(["--rate", "20000"]).start();
+    let life = scene.life().args(args).args(["--rate", "4000"]).start();
     let count = |what: &str| scene.status()?["checkpoints"][what].as_u64();
     wait_for("a checkpoint", || (count("completed") > Some(1)).then_some(()));
     scene.refuse(&scene.output(), libc::ENOSPC);
@@ -425,7 +428,7 @@ impl Reading {
 
     fn start(&self) -> Started {
         let parameters = format!("{} {}", text(&self.input()), text(&self.output()));
-        let args = ["--no-progress", "--report", "json", "--rate", "20000"];
+        let args = ["--no-progress", "--report", "json", "--rate", "8000"];
         let life = Cli::new("lines", &parameters).workers(2).args(args).start();
         // Of both halves: each worker has opened its own.
         wait_for("the first rows", || {
@@ -514,8 +517,13 @@ fn stateful(flow: &Flow, parameters: &str) {
 impl Scene {
     /// The job with checkpoints in `one`, and in `two` if there are two.
     fn saving(&self, folders: usize) -> Cli {
+        self.saving_at(folders, "10000")
+    }
+
+    /// The same, at so many records a second.
+    fn saving_at(&self, folders: usize, rate: &str) -> Cli {
         let (one, two) = (text(&self.path("one")), text(&self.path("two")));
-        let mut args = vec!["--checkpoint-interval", "20ms", "--rate", "10000"];
+        let mut args = vec!["--checkpoint-interval", "20ms", "--rate", rate];
         args.extend(["--checkpoint-dir", &one]);
         if folders > 1 {
             args.extend(["--checkpoint-dir-2", &two]);
@@ -604,15 +612,15 @@ fn a_checkpoint_folder_that_fails_is_waited_for() {
 
 fn a_checkpoint_folder_that_stalls_stops_nobody() {
     let scene = Scene::new("stateful");
-    let life = scene.saving(1).start();
+    let life = scene.saving_at(1, "2000").start();
     scene.wait_for_more(2);
     let line = format!("{} wait\n", text(&scene.path("one")));
     fs::write(scene.path("refused"), line).expect("room for a line");
     let records = || scene.status().unwrap_or_default()["records_in"].as_u64().unwrap_or(0);
     let before = records();
-    wait_for("records to go on", || (records() > before + 3000).then_some(()));
+    wait_for("records to go on", || (records() > before + 1000).then_some(()));
     let completed = scene.completed();
-    wait_for("more records", || (records() > before + 6000).then_some(()));
+    wait_for("more records", || (records() > before + 2000).then_some(()));
     assert!(scene.completed() <= completed + 1, "a checkpoint went past the stall");
     kill_worker(&life, 0);
     scene.allow();

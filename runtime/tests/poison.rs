@@ -322,14 +322,14 @@ fn r17_a_line_of_a_file_is_put_aside_with_its_offset() {
 }
 
 fn r17_a_record_is_put_aside_though_standbys_take_over() {
-    let cases = [("fault", "SIGSEGV", 10_000), ("loop", "no step finished for", 20_000)];
+    let cases = [("fault", "SIGSEGV", 2_500), ("loop", "no step finished for", 20_000)];
     for (how, why, every) in cases {
         let folder = folder();
         let (output, settings) = place(folder.path(), 2);
-        let hang_timeout = Duration::from_millis(600);
+        let hang_timeout = Duration::from_millis(if how == "loop" { 600 } else { 60_000 });
         let settings = Settings { hang_timeout, restart_budget: 50, ..settings };
         // It lasts a while, so that there are standbys.
-        let settings = Settings { rate: Some(20_000), tier: Some(Tier::Standby), ..settings };
+        let settings = Settings { rate: Some(5_000), tier: Some(Tier::Standby), ..settings };
         let report = run(numbers, &format!("{how} {every} 20000 {output}"), settings);
         assert_exact(folder.path(), every, 20_000);
         assert_letters(folder.path(), every, 20_000);
@@ -343,7 +343,8 @@ fn r17_a_record_is_put_aside_though_standbys_take_over() {
 fn r17_kills_from_outside_convict_nobody() {
     let folder = folder();
     let (output, settings) = place(folder.path(), 2);
-    let settings = Settings { restart_budget: 1000, ..settings };
+    // It lasts long enough to be killed many times.
+    let settings = Settings { restart_budget: 1000, rate: Some(200_000), ..settings };
     let total = 400_000;
     let running = start(numbers, &format!("fault 300000 {total} {output}"), settings);
     let view = running.workers().expect("the job starts");
@@ -428,8 +429,9 @@ fn a_hung_worker_is_killed_and_its_record_put_aside() {
 fn a_stopped_worker_is_replaced() {
     let folder = folder();
     let (output, settings) = place(folder.path(), 2);
-    let hang_timeout = Duration::from_secs(1);
-    let settings = Settings { rate: Some(50_000), hang_timeout, ..settings };
+    // Longer than a busy machine keeps a worker waiting that sleeps; the job lasts longer still.
+    let hang_timeout = Duration::from_secs(3);
+    let settings = Settings { rate: Some(10_000), hang_timeout, ..settings };
     let running = start(numbers, &format!("fault 300000 40000 {output}"), settings);
     let view = running.workers().expect("the job starts");
     common::wait_for("some work", || {
@@ -447,12 +449,12 @@ fn a_pause_of_all_processes_ends_nobody() {
     let folder = folder();
     let output = text(&folder.path().join("out"));
     let job = Cli::new("numbers", &format!("fault 90000 30000 {output}")).workers(2).own_group();
-    let args = ["--rate", "40000", "--report", "json", "--hang-timeout", "1s"];
+    let args = ["--rate", "40000", "--report", "json", "--hang-timeout", "3s"];
     let job = job.args(args).args(["--dead-letters", &text(&folder.path().join("l"))]).start();
     let workers = job.workers(2);
     for _ in 0..2 {
         job.signal_group(libc::SIGSTOP);
-        std::thread::sleep(Duration::from_millis(1500));
+        std::thread::sleep(Duration::from_millis(3500));
         job.signal_group(libc::SIGCONT);
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -470,7 +472,7 @@ fn post_mortems(how: &str) -> Vec<Value> {
     let letters = text(&folder.path().join("letters"));
     let job = Cli::new("numbers", &format!("{how} 30000 1000000 {output}")).workers(1);
     // Telling a panic's stack takes a while on a busy machine.
-    let hang_timeout = if how == "loop" { "400ms" } else { "1m" };
+    let hang_timeout = if how == "loop" { "2s" } else { "1m" };
     let args = ["--rate", "50000", "--hang-timeout", hang_timeout, "--dead-letters", &letters];
     let at = text(folder.path());
     let job = job.args(args).args(["--name", "sick"]).env("XDG_RUNTIME_DIR", &at).start();
@@ -508,10 +510,20 @@ fn a_post_mortem_names_signal_operator_and_record() {
             assert_eq!(death["operator"], "risky", "{death}");
             let stack = death["backtrace"].as_array().expect("a stack");
             let names = |line: &Value| line.as_str().is_some_and(|line| line.contains(frame));
-            assert!(stack.iter().any(names), "{how}: {stack:#?}");
+            // One that hangs is killed when it does not tell soon, as on a busy machine.
+            let is_silent = how == "loop" && stack.is_empty();
+            assert!(is_silent || stack.iter().any(names), "{how}: {stack:#?}");
         }
-        let alone: Vec<&Value> =
-            deaths.iter().filter(|d| d["doing"] == "processing one record").collect();
+        let told = |d: &Value| d["backtrace"].as_array().is_some_and(|stack| !stack.is_empty());
+        assert!(deaths.iter().any(told), "{how}: nobody told");
+        // The next record of that kind may have come meanwhile.
+        let is_first = |d: &Value| {
+            d["record"].as_str().is_some_and(|r| r.split(',').nth(1) == Some(" number 10000"))
+        };
+        let alone: Vec<&Value> = deaths
+            .iter()
+            .filter(|d| d["doing"] == "processing one record" && is_first(d))
+            .collect();
         assert_eq!(alone.len(), 3, "{how}");
         let record = alone[0]["record"].as_str().expect("a record");
         assert!(record.starts_with("numbers, number 10000"), "{record}");

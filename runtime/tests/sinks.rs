@@ -174,12 +174,13 @@ fn names(folder: &Path) -> Vec<String> {
 struct Case {
     folder: tempfile::TempDir,
     job: &'static str,
+    rate: &'static str,
     seen: BTreeMap<String, Vec<u8>>,
 }
 
 impl Case {
     fn new(job: &'static str) -> Self {
-        Self { folder: folder(), job, seen: BTreeMap::new() }
+        Self { folder: folder(), job, rate: RATE, seen: BTreeMap::new() }
     }
 
     fn output(&self) -> PathBuf {
@@ -197,7 +198,7 @@ impl Case {
             "--part-bytes",
             "2KiB",
             "--rate",
-            RATE,
+            self.rate,
             "--report",
             "json",
             "--resume",
@@ -355,7 +356,7 @@ fn resuming_a_finished_job_changes_no_part() {
 }
 
 fn a_part_has_about_as_many_bytes_as_asked_for() {
-    let mut case = Case::new("parts");
+    let mut case = Case { rate: "3000", ..Case::new("parts") };
     case.finish(2);
     assert!(case.seen.len() > 4, "{:?}", case.seen.keys());
     let mut small = BTreeMap::new();
@@ -369,7 +370,7 @@ fn a_part_has_about_as_many_bytes_as_asked_for() {
 
 fn parts_of_a_job_without_checkpoints_are_final_at_its_end() {
     let mut case = Case::new("parts");
-    let job = Cli::new("parts", &text(&case.output())).workers(2).args(["--rate", RATE]).start();
+    let job = Cli::new("parts", &text(&case.output())).workers(2).args(["--rate", "3000"]).start();
     wait_for("rows", || {
         let names = names(&case.output());
         assert!(names.iter().all(|name| !name.ends_with(".csv")), "{names:?}");

@@ -2,26 +2,33 @@
 //! standby at every point of its take-over, of both, of two workers that share one, of a stopped
 //! one; and what all that must not leave behind.
 
+#![expect(unsafe_code, reason = "sets a variable before any thread is there")]
+
 mod common;
 
 use common::process::{
     Disturber, Held, children, signal_worker, stat, status_kib, supervisor_of, workers_of,
 };
-use common::program::{Cli, Started};
+use common::program::{Cli, Ended, Started};
 use common::tally::{self, ordered};
+use common::tool::{said, tool};
 use common::{Jobs, finish, folder, settings, soak, start, trials, wait_for};
 use std::path::Path;
 use std::process::ExitCode;
 use testudo::config::Tier;
 use testudo::prelude::*;
+use testudo::serde_json::{self, Value};
 use testudo::shm::primitive::Ordering;
 use testudo::supervisor::launch::{Running, View};
 use testudo::supervisor::report::Restart;
-use testudo::testing::{KILL_AT, Point};
+use testudo::testing::{KILL_AT, Point, STANDBY_GRACE};
 
 const JOBS: Jobs = &[("ordered", ordered), ("fickle", fickle)];
 
 fn main() -> ExitCode {
+    // These are about who takes over, not about how soon a busy machine lets it.
+    // SAFETY: no thread but this one is there yet.
+    unsafe { std::env::set_var(STANDBY_GRACE, "5000") };
     testudo::init();
     common::host(
         JOBS,
@@ -193,21 +200,43 @@ fn r2_a_stopped_standby_is_ended_before_a_new_process_takes_its_place() {
         held.signal(libc::SIGSTOP);
         job.kill_now(0);
         job.settle(0);
-        assert!(held.has_ended() || !held.signal(libc::SIGCONT), "it may wake up any time");
+        // Otherwise it may wake up any time.
+        wait_for("the end of the stopped standby", || held.has_ended().then_some(()));
     });
     assert_eq!(by_standby(&restarts), 0);
 }
 
-/// A job that runs as a program at tier 2, with a keeper and a supervisor; its worker 0.
-fn started(total: u64, output: &Path, orders: &str) -> (Started, Held) {
-    let job = Cli::new("ordered", &tally::parameters(total, output)).workers(2);
-    let job = job.args(["--report", "json", "--tier", "2", "--rate", "60000"]);
+/// A job without an end that runs as a program at tier 2, with a keeper and a supervisor; its
+/// worker 0.
+fn started(output: &Path, orders: &str) -> (Started, Held) {
+    let place = common::text(output.parent().expect("a folder"));
+    let job = Cli::new("ordered", &tally::parameters(u64::MAX, output)).workers(2);
+    let job = job.args(["--report", "json", "--tier", "2", "--rate", "60000", "--name", "job"]);
+    let job = job.env("XDG_RUNTIME_DIR", &place).env("TMPDIR", &place);
     let started = job.env(KILL_AT, orders).start();
     wait_for("a standby", || standbys_of(started.pid()).pop());
     let is_first = |pid: &u32| stat(*pid).is_some_and(|stat| stat.name == "testudo-w0");
     let worker = started.workers(2).into_iter().find(is_first).expect("worker 0");
     let worker = Held::child_of(worker, started.pid()).expect("worker 0");
     (started, worker)
+}
+
+/// Lets such a job go on after so many deaths, drains it and checks its rows.
+fn ended(started: Started, output: &Path, deaths: usize) -> Ended {
+    let at = output.parent().expect("a folder");
+    let number = |name: &str| {
+        let (_, out, _) = said(&tool(at, &["status", "job", "--json"]));
+        serde_json::from_str::<Value>(&out).unwrap_or_default()[name].as_u64()
+    };
+    wait_for("the deaths to be counted", || {
+        (number("restarts") >= Some(deaths as u64)).then_some(())
+    });
+    let seen = number("records_in").unwrap_or(0);
+    wait_for("records after them", || (number("records_in") > Some(seen)).then_some(()));
+    started.signal(libc::SIGTERM);
+    let ended = started.wait();
+    tally::check(output, ended.report()["records_in"].as_u64().expect("a number"), 2);
+    ended
 }
 
 /// Runs the self-checking job at tier 2 as a program, kills its worker 0 once a standby is ready,
@@ -218,12 +247,10 @@ fn killed_at(point: Point, deaths: usize) -> Vec<String> {
     let output = folder.path().join("rows.csv");
     // The first process passes some of the points too: it is told one that this job has not.
     let orders = format!("0:{}:2,0:{}:1", point.number(), Point::CutBegun.number());
-    let (started, worker) = started(60_000, &output, &orders);
+    let (started, worker) = started(&output, &orders);
     assert!(worker.signal(libc::SIGKILL));
-    let ended = started.wait();
+    let ended = ended(started, &output, deaths);
     assert_eq!(ended.restarts(), deaths, "{point:?}: {}", ended.err);
-    assert_eq!(ended.report()["records_in"], 60_000, "{point:?}");
-    tally::check(&output, 60_000, 2);
     let restarts = ended.report()["restarts"].as_array().expect("a list").clone();
     restarts.iter().map(|restart| restart["tier"].to_string()).collect()
 }
@@ -247,7 +274,11 @@ fn r2_a_standby_killed_at_any_point_of_its_take_over_is_recovered_from() {
         for some in all.chunks(3) {
             scope.spawn(move || {
                 for (point, tiers) in some {
-                    assert_eq!(killed_at(*point, tiers.len()), *tiers, "{point:?}");
+                    let found = killed_at(*point, tiers.len());
+                    // After its first steps another standby may be ready.
+                    let is_late = matches!(point, Point::BeforeCommit | Point::Committed);
+                    let exact = if is_late { 1 } else { tiers.len() };
+                    assert_eq!(found[..exact], tiers[..exact], "{point:?}");
                 }
             });
         }
@@ -257,8 +288,8 @@ fn r2_a_standby_killed_at_any_point_of_its_take_over_is_recovered_from() {
 fn a_take_over_needs_no_supervisor() {
     let folder = folder();
     let output = folder.path().join("rows.csv");
-    let (started, worker) = started(60_000, &output, "");
-    let standby = standbys_of(started.pid())[0];
+    let (started, worker) = started(&output, "");
+    let standby = wait_for("a standby", || standbys_of(started.pid()).pop());
     let supervisor = started.supervisor();
     let supervisor = Held::child_of(supervisor, started.pid()).expect("the supervisor");
     supervisor.signal(libc::SIGSTOP);
@@ -267,28 +298,25 @@ fn a_take_over_needs_no_supervisor() {
         stat(standby).is_some_and(|stat| stat.name == "testudo-w0").then_some(())
     });
     supervisor.signal(libc::SIGCONT);
-    let ended = started.wait();
+    let ended = ended(started, &output, 1);
     let report = ended.report();
     assert_eq!(report["restarts"][0]["tier"], 2, "{report}");
-    assert_eq!((ended.restarts(), &report["records_in"]), (1, &60_000.into()), "{report}");
-    tally::check(&output, 60_000, 2);
+    assert_eq!(ended.restarts(), 1, "{report}");
 }
 
 fn a_worker_and_the_supervisor_die_at_once_and_the_job_is_exact() {
     for round in 0..soak(40, 2) {
         let folder = folder();
         let output = folder.path().join("rows.csv");
-        let (started, worker) = started(60_000, &output, "");
+        let (started, worker) = started(&output, "");
         let supervisor = started.supervisor();
         let supervisor = Held::child_of(supervisor, started.pid()).expect("the supervisor");
         let both = if round % 2 == 0 { [&worker, &supervisor] } else { [&supervisor, &worker] };
         for held in both {
             held.signal(libc::SIGKILL);
         }
-        let ended = started.wait();
-        assert_eq!(ended.report()["records_in"], 60_000, "{}", ended.err);
+        let ended = ended(started, &output, 1);
         assert_eq!(ended.restarts(), 1, "{}", ended.err);
-        tally::check(&output, 60_000, 2);
     }
 }
 
@@ -306,7 +334,7 @@ fn fickle(flow: &Flow, parameters: &str) {
 
 fn a_standby_that_plans_another_job_stays_out_and_the_job_goes_on() {
     let job = Cli::new("fickle", "300000").workers(1);
-    let ended = job.args(["--report", "json", "--tier", "2", "--rate", "100000"]).run();
+    let ended = job.args(["--report", "json", "--tier", "2", "--rate", "30000"]).run();
     assert_eq!(ended.report()["records_in"], 300_000);
     assert_eq!(ended.restarts(), 0);
     assert!(ended.err.contains("plans another job"), "{}", ended.err);

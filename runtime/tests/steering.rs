@@ -118,6 +118,11 @@ fn a_paused_job_stands_still_whoever_dies_and_goes_on() {
     assert_eq!(job.ask(&["resume"]).1["was_paused"], false);
     let (code, paused) = job.ask(&["pause"]);
     assert_eq!((code, &paused["still"]), (0, &true.into()), "{paused}");
+    // One that had no processor for so long may be in a step yet.
+    wait_for("both workers to sleep", || {
+        let sleeps = |pid: &u32| process::stat(*pid).is_some_and(|stat| stat.state == 'S');
+        pids(&job).iter().all(sleeps).then_some(())
+    });
     let status = job.status();
     assert_eq!(status["is_paused"], true);
     let stood = status["records_in"].clone();
@@ -204,8 +209,9 @@ fn a_hundred_restarts_of_each_worker_change_nothing_and_leave_nothing() {
         (process::children(job.job.supervisor()).len() == 2).then_some(())
     });
     // One for whoever asks.
-    let now = process::descriptors(job.job.supervisor());
-    assert!(now <= open + 1, "{open} descriptors before, {now} after");
+    wait_for("descriptors to be closed", || {
+        (process::descriptors(job.job.supervisor()) <= open + 1).then_some(())
+    });
     assert_eq!(job.ask(&["stop"]).0, 0);
     assert_eq!(job.check()["restarts"], json!([]));
 }
@@ -265,12 +271,17 @@ fn r2_a_death_at_any_point_of_a_handover_is_recovered_from() {
         let (_, said) = job.ask(&["restart", "--worker", "1"]);
         let seen = job.records_in();
         wait_for("records after it", || (job.records_in() > seen + 5_000).then_some(()));
-        let deaths = job.status()["restarts"].as_u64().expect("a number");
         // Who gave way is no dead worker, and neither is a successor that has not taken over.
         let without = [Point::GaveWay, Point::Prepared, Point::Waiting, Point::Turn, Claimed];
-        assert_eq!(deaths == 0, without.contains(&point), "{point:?}: {said}");
+        let is_none = without.contains(&point);
+        if !is_none {
+            wait_for("the death to be counted", || {
+                (job.status()["restarts"].as_u64() > Some(0)).then_some(())
+            });
+        }
         assert_eq!(job.ask(&["stop"]).0, 0);
-        job.check();
+        let report = job.check();
+        assert_eq!(report["restarts"] == json!([]), is_none, "{point:?}: {said}: {report}");
     }
 }
 

@@ -159,7 +159,7 @@ fn in_event_time_unused_keys_expire_and_used_ones_stay() {
 fn a_killed_worker_brings_nothing_back_and_loses_nothing() {
     let folder = folder();
     let output = folder.path().join("out.csv");
-    let paced = Settings { rate: Some(70_000), ..settings(2) };
+    let paced = Settings { rate: Some(20_000), ..settings(2) };
     let running = start(sessions, &text(&output), paced);
     let view = running.workers().expect("the job starts");
     let mut disturber = Disturber::new(&running, &view, 5);

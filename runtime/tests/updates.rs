@@ -75,8 +75,12 @@ fn varied(flow: &Flow, parameters: &str) {
     let is_new = u64::from(variant != "old");
     match variant.as_str() {
         "exits-while-planning" => std::process::exit(9),
-        "starts-slowly-as-worker-1" if is_worker_1() => {
-            std::thread::sleep(Duration::from_secs(2));
+        "waits-as-worker-1" if is_worker_1() => {
+            let own = std::env::current_exe().expect("our own path");
+            let begun = std::time::Instant::now();
+            while !own.with_file_name("go").exists() && begun.elapsed() < common::PATIENCE {
+                std::thread::sleep(Duration::from_millis(2));
+            }
         }
         "sleeps-while-planning" => std::thread::sleep(Duration::from_secs(600)),
         "another-stage" => {
@@ -102,7 +106,7 @@ fn varied(flow: &Flow, parameters: &str) {
         match trap.as_str() {
             "panics" => panic!("this program is broken"),
             "panics-in-worker-1" if n % 2 == 1 && n > 0 => panic!("this program is broken"),
-            "panics-soon" if COUNT.fetch_add(1, Relaxed) > 2000 => panic!("broken after a while"),
+            "panics-soon" if COUNT.fetch_add(1, Relaxed) > 200 => panic!("broken after a while"),
             "exits" => std::process::exit(7),
             "hangs" => loop {
                 std::thread::park();
@@ -209,11 +213,22 @@ impl Updated {
         wait_for("more records", || (records() > seen + 5000).then_some(()));
     }
 
+    /// Lets a program go on that waits as worker 1.
+    fn let_go(&self) {
+        fs::write(self.at.path().join("go"), "").expect("room for a file");
+    }
+
     /// What runs as each worker.
     fn programs(&self) -> Vec<PathBuf> {
-        let workers = self.job.workers(2);
-        let exe = |pid: &u32| fs::read_link(format!("/proc/{pid}/exe")).expect("it runs");
-        workers.iter().map(exe).collect()
+        wait_for("two workers that run", || {
+            let workers = process::workers_of(self.job.pid()).into_iter();
+            // One that has died may not be reaped yet.
+            let living =
+                workers.filter(|pid| process::stat(*pid).is_some_and(|stat| stat.state != 'Z'));
+            let programs = living.map(|pid| fs::read_link(format!("/proc/{pid}/exe")).ok());
+            let programs: Option<Vec<PathBuf>> = programs.collect();
+            programs.filter(|programs| programs.len() == 2)
+        })
     }
 
     /// Drains the job and checks what it has written.
@@ -381,10 +396,14 @@ fn a_job_inside_another_program_is_refused() {
 
 fn a_second_update_meanwhile_is_refused() {
     let job = Updated::start();
-    let fine = job.program("fine");
+    let waiting = job.program("waits-as-worker-1");
     let asked: Vec<_> = std::thread::scope(|scope| {
-        let asks = (0..3).map(|_| scope.spawn(|| job.ask(&["update", &fine])));
+        let asks = (0..3).map(|_| scope.spawn(|| job.ask(&["update", &waiting])));
         let asks: Vec<_> = asks.collect();
+        wait_for("two refusals", || {
+            (asks.iter().filter(|ask| ask.is_finished()).count() == 2).then_some(())
+        });
+        job.let_go();
         asks.into_iter().map(|ask| ask.join().expect("no panic")).collect()
     });
     assert_eq!(asked.iter().filter(|(code, _)| *code == 0).count(), 1, "{asked:?}");
@@ -467,11 +486,13 @@ fn r22_a_death_at_any_point_of_a_rollback_changes_nothing() {
 fn r17_a_worker_killed_from_outside_convicts_no_program() {
     let job = Updated::start();
     let (code, updated) = std::thread::scope(|scope| {
-        let update = scope.spawn(|| job.update("starts-slowly-as-worker-1"));
+        let update = scope.spawn(|| job.update("waits-as-worker-1"));
         wait_for("the first of the new program", || {
             (job.status()["update"]["replaced"] == 1).then_some(())
         });
         assert_eq!(job.ask(&["kill-worker", "0"]).0, 0);
+        wait_for("the death to be counted", || (job.status()["restarts"] == 1).then_some(()));
+        job.let_go();
         update.join().expect("no panic")
     });
     assert_eq!(code, 0, "{updated}");

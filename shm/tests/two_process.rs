@@ -56,7 +56,7 @@ fn main() {
 
 fn trial(name: &str, run: impl FnOnce() + Send + 'static) -> Trial {
     Trial::test(name, move || {
-        common::limit_seconds(240);
+        common::limit_seconds(1200);
         run();
         Ok(())
     })

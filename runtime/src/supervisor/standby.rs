@@ -22,6 +22,7 @@ use super::watch::Watch;
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::Plan;
+use crate::testing::standby_grace;
 use crate::time::now_ns;
 use crate::worker::entry::Role;
 use crate::worker::standby::kept_bytes;
@@ -127,9 +128,9 @@ impl Standbys {
     pub(super) fn grace(&self, worker: usize) -> Duration {
         let place = self.places.iter().find(|place| place.workers.contains(&worker));
         match place.map_or(State::Starting, Place::state) {
-            State::Ready => GRACE,
-            State::Taking(other) | State::Took(other) if other == worker => GRACE,
-            _ => Duration::ZERO,
+            State::Taking(other) | State::Took(other) if other != worker => Duration::ZERO,
+            State::Starting => Duration::ZERO,
+            State::Ready | State::Taking(_) | State::Took(_) => standby_grace(GRACE),
         }
     }
 
@@ -201,7 +202,10 @@ impl Crew<'_> {
                 && let Some(child) = place.empty(REST)
             {
                 place.failures = 0;
+                let workers = place.workers.clone();
                 self.adopt_standby(worker, child, page)?;
+                // It stands by for the others no more.
+                self.hurry(&workers);
             } else if let Some(child) = &place.child {
                 if let Some(exit) = reap(child.pid, false) {
                     place.failed(index, state != State::Starting, &exit.to_string());

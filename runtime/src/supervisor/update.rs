@@ -30,7 +30,9 @@
 //!
 //! Called by `steer`. `inquiry` asks programs, `program` holds them, `handover` replaces.
 
+use super::autopsy;
 use super::checkpoint::Checkpointer;
+use super::hang::HangWatch;
 use super::inquiry::{Inquiry, check};
 use super::program::Program;
 use super::recover::Crew;
@@ -46,6 +48,7 @@ use crossbeam::channel::{Receiver, TryRecvError};
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::time::Duration;
 use testudo_shm::header::WorkerState;
 use testudo_shm::primitive::Ordering;
 
@@ -86,6 +89,8 @@ struct Proof {
     turns: u64,
     /// When its turns were last seen to have grown.
     moved_ns: u64,
+    /// Says when it is stuck: time in which the machine stood still does not count.
+    watch: HangWatch,
 }
 
 #[derive(Debug)]
@@ -479,6 +484,7 @@ impl Proof {
             commits: header.commits.load(Ordering::Acquire),
             turns: header.turns.load(Ordering::Acquire),
             moved_ns: now,
+            watch: HangWatch::new(Duration::from_nanos(STUCK_NS), 1),
         }
     }
 
@@ -501,6 +507,8 @@ impl Proof {
             // A successor after a death is watched from its begin.
             (self.turns, self.pid, self.moved_ns) = (turns, pid, now);
         }
-        now - self.moved_ns > STUCK_NS
+        self.watch.begin(now);
+        let pid = pid.cast_signed();
+        self.watch.look(0, pid, turns, || true, || autopsy::activity(pid)).is_some()
     }
 }

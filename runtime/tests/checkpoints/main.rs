@@ -113,7 +113,7 @@ fn live(scene: &mut Scene, lives: &[usize], pace: u64) {
 
 fn keyed(all: [Lives; 3]) {
     for (seed, lives) in (1..).zip(all) {
-        let mut scene = Scene::new("ordered", 60_000, 1, seed);
+        let mut scene = Scene::new("ordered", 180_000, 1, seed);
         live(&mut scene, lives, 8_000);
         scene.check(&jobs::ordered_rows(scene.total));
     }
@@ -129,7 +129,7 @@ fn keyed_state_is_exact_when_resumed_with_other_workers() {
 
 fn windowed(all: [Lives; 3]) {
     for (seed, lives) in (1..).zip(all) {
-        let mut scene = Scene::new("windows", 40_000, 3, seed);
+        let mut scene = Scene::new("windows", 120_000, 3, seed);
         live(&mut scene, lives, 12_000);
         scene.check(&jobs::windows_rows(scene.total));
     }
@@ -145,7 +145,7 @@ fn windows_and_timers_are_exact_when_resumed_with_other_workers() {
 
 fn keyless(all: [Lives; 3]) {
     for (seed, lives) in (1..).zip(all) {
-        let mut scene = Scene::new("plumbing", 20_000, 2, seed);
+        let mut scene = Scene::new("plumbing", 60_000, 2, seed);
         live(&mut scene, lives, 5_000);
         scene.check(&jobs::plumbing_rows(scene.total));
     }
@@ -161,7 +161,7 @@ fn records_without_keys_are_exact_when_resumed_with_other_workers() {
 
 fn broadcast_records_are_exact_after_crashes_of_everything() {
     for (seed, lives) in (1..).zip(SAME) {
-        let mut scene = Scene::new("copied", 40_000, 1, seed);
+        let mut scene = Scene::new("copied", 120_000, 1, seed);
         live(&mut scene, lives, 10_000);
         scene.check(&jobs::copied_rows(scene.total, lives[0]));
     }
@@ -169,7 +169,7 @@ fn broadcast_records_are_exact_after_crashes_of_everything() {
 
 fn filed(all: [Lives; 3]) {
     for (seed, lives) in (1..).zip(all) {
-        let mut scene = Scene::new("files", 40_000, 2, seed);
+        let mut scene = Scene::new("files", 120_000, 2, seed);
         let rejects = scene.folder.path().join("rejects");
         scene.args = vec!["--rejects".into(), common::text(&rejects)];
         jobs::write_input(&scene.files[0], scene.total);

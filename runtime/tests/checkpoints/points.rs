@@ -25,7 +25,7 @@ const SEAL: [Point; 4] =
     [Point::BeforeSeal, Point::ManifestWritten, Point::RootWritten, Point::BeforeRetire];
 
 fn scene(seed: u64) -> Scene {
-    Scene::new("ordered", 30_000, 1, seed)
+    Scene::new("ordered", 200_000, 1, seed)
 }
 
 /// The whole job dies at each of some points, in the first checkpoint and in a later one, and goes
@@ -34,7 +34,7 @@ fn dies_at(points: &[Point], who: &str) {
     for (first, point) in points.iter().enumerate() {
         let scene = scene(first as u64);
         for skip in [0, 3] {
-            let ended = scene.crash_at(2, 8_000, who, *point, skip);
+            let ended = scene.crash_at(2, 16_000, who, *point, skip);
             assert_eq!(ended.signal, Some(libc::SIGKILL), "{point:?} was not reached: {ended:?}");
         }
         scene.end(2);
@@ -53,7 +53,7 @@ pub fn a_job_that_dies_at_any_point_of_sealing_is_exact() {
 /// A worker dies at each point of a cut; the job goes on, and so do its checkpoints.
 pub fn a_worker_that_dies_at_any_point_of_a_cut_stops_no_checkpoint() {
     for (first, point) in CUT.into_iter().enumerate() {
-        let mut scene = Scene::new("ordered", 90_000, 1, first as u64);
+        let mut scene = Scene::new("ordered", 300_000, 1, first as u64);
         let order = format!("1:{0}:2:1,0:{0}:1:3", index(point));
         let mut life = scene.life(2, 16_000).env(KILL_AT, &order).start();
         wait_for("three deaths in cuts, and a checkpoint after them", || {
@@ -102,7 +102,7 @@ pub fn workers_killed_at_random_during_checkpoints_change_nothing() {
 
 /// A job that was stopped with much state: its checkpoint takes a while to load.
 fn stopped(seed: u64) -> Scene {
-    let mut scene = Scene::new("ordered", 40_000, 1, seed);
+    let mut scene = Scene::new("ordered", 200_000, 1, seed);
     assert!(scene.crash(2, 10_000), "the job was too short");
     // Then slowly: the pages that nobody asks for take longer than the job.
     scene.args = vec!["--load-bandwidth".into(), "200KiB".into()];
@@ -155,7 +155,7 @@ pub fn a_checkpoint_taken_while_loading_is_whole() {
 /// What was in flight is taken slowly, and the job dies before it is all taken, again and again.
 pub fn a_job_that_dies_before_it_took_what_was_in_flight_is_exact() {
     for workers in [2, 3] {
-        let scene = Scene::new("plumbing", 12_000, 2, workers as u64);
+        let scene = Scene::new("plumbing", 60_000, 2, workers as u64);
         let ended = scene.crash_at(2, 20_000, "s", Point::BeforeRetire, 2);
         assert_eq!(ended.signal, Some(libc::SIGKILL), "{ended:?}");
         for _ in 0..3 {
@@ -171,7 +171,7 @@ pub fn a_job_that_dies_before_it_took_what_was_in_flight_is_exact() {
 /// crash, and behind them those from before the second.
 pub fn what_was_in_flight_is_taken_in_the_order_in_which_it_was_sent() {
     for workers in [2, 3] {
-        let mut scene = Scene::new("ordered", 60_000, 1, workers as u64);
+        let mut scene = Scene::new("ordered", 240_000, 1, workers as u64);
         scene.ring = "256KiB";
         for skip in [2, 0, 0] {
             let ended = scene.crash_at(workers, 20_000, "s", Point::BeforeRetire, skip);
@@ -199,7 +199,7 @@ pub fn a_resume_that_always_fails_uses_up_the_budget() {
 /// back.
 pub fn a_drained_job_goes_on_as_if_it_had_been_killed() {
     for workers in [1, 2] {
-        let scene = Scene::new("windows", 40_000, 3, 1);
+        let scene = Scene::new("windows", 200_000, 3, 1);
         let mut life = scene.life(workers, 12_000).start();
         assert!(scene.wait_for_checkpoints(&mut life, 0, 2), "the job was too short");
         life.signal(libc::SIGTERM);
@@ -215,7 +215,7 @@ pub fn nothing_is_left_of_a_killed_job() {
     let shared = || super::harness::names("/dev/shm".as_ref());
     let before = shared();
     let scene = scene(3);
-    let mut life = scene.life(3, 16_000).start();
+    let mut life = scene.life(3, 40_000).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 2), "the job was too short");
     let workers = life.workers(3);
     life.signal(libc::SIGKILL);
@@ -225,7 +225,10 @@ pub fn nothing_is_left_of_a_killed_job() {
             process::stat(pid).is_none_or(|stat| stat.state == 'Z').then_some(())
         });
     }
-    assert_eq!(shared(), before);
+    // Other programs may have come and gone.
+    wait_for("shared memory to be gone", || {
+        shared().iter().all(|name| before.contains(name)).then_some(())
+    });
     // Neither the folder nor the output is locked.
     scene.end(1);
     scene.check(&jobs::ordered_rows(scene.total));

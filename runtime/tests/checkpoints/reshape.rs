@@ -89,8 +89,8 @@ pub fn r15_what_is_in_flight_stays_in_its_ring_until_it_is_copied() {
 
 /// A job that was killed behind its second checkpoint.
 fn killed(job: &'static str, seed: u64) -> Scene {
-    let scene = Scene::new(job, 30_000, 1, seed);
-    let ended = scene.crash_at(2, 80_000, "s", Point::BeforeRetire, 2);
+    let scene = Scene::new(job, 90_000, 1, seed);
+    let ended = scene.crash_at(2, 40_000, "s", Point::BeforeRetire, 2);
     assert_eq!(ended.signal, Some(libc::SIGKILL), "{ended:?}");
     scene
 }
@@ -145,7 +145,7 @@ pub fn resuming_a_finished_job_makes_no_output() {
 /// The report of the last life counts what all lives have done.
 pub fn counters_go_on_when_resumed_with_other_workers() {
     for (seed, lives) in [&[3, 1, 2][..], &[1, 3, 2]].into_iter().enumerate() {
-        let mut scene = Scene::new("ordered", 30_000, 1, seed as u64);
+        let mut scene = Scene::new("ordered", 90_000, 1, seed as u64);
         for workers in &lives[..2] {
             assert!(scene.crash(*workers, 30_000 * *workers as u64), "the job was too short");
         }
@@ -175,7 +175,7 @@ fn open_parts(scene: &Scene) -> Vec<String> {
 /// final.
 pub fn parts_are_final_at_the_end_and_withdrawn_after_a_stop() {
     for (seed, signals) in [1, 2].into_iter().enumerate() {
-        let scene = Scene::new("bursts", 20_000, 1, seed as u64);
+        let scene = Scene::new("bursts", 200_000, 1, seed as u64);
         let mut life = scene.life(2, 20_000).start();
         assert!(scene.wait_for_checkpoints(&mut life, 0, 2), "the job was too short");
         for _ in 0..signals {

@@ -2,6 +2,7 @@
 //! files that were damaged, and folders that do not fit the job.
 
 use super::common::program::Ended;
+use super::common::tool::{said, tool};
 use super::common::{deep, folder, text, wait_for};
 use super::harness::{Scene, bytes_in, flip, index, names};
 use super::jobs::{self, Asked};
@@ -11,8 +12,8 @@ use testudo::testing::{KILL_AT, Point};
 
 /// A job that was killed with two whole checkpoints in its folder.
 fn killed(job: &'static str, seed: u64) -> Scene {
-    let scene = Scene::new(job, 30_000, 1, seed);
-    let ended = scene.crash_at(2, 80_000, "s", Point::BeforeRetire, 2);
+    let scene = Scene::new(job, 90_000, 1, seed);
+    let ended = scene.crash_at(2, 40_000, "s", Point::BeforeRetire, 2);
     assert_eq!(ended.signal, Some(libc::SIGKILL), "{ended:?}");
     assert!(scene.manifests().len() >= 2, "{:?}", scene.manifests());
     scene
@@ -24,9 +25,9 @@ fn times(ended: &Ended, what: &str) -> usize {
 }
 
 pub fn a_job_without_io_uring_writes_its_checkpoints_otherwise_and_says_so_once() {
-    let mut scene = Scene::new("ordered", 30_000, 1, 1);
+    let mut scene = Scene::new("ordered", 200_000, 1, 1);
     for error in [libc::ENOSYS, libc::EPERM] {
-        let mut life = scene.resumed(2, 8_000);
+        let mut life = scene.resumed(2, 16_000);
         life = life.without_call(libc::SYS_io_uring_setup, error);
         let before = scene.newest();
         let mut life = life.start();
@@ -69,11 +70,14 @@ pub fn a_full_disk_fails_checkpoints_until_there_is_room() {
         eprintln!("skipped: nothing can be mounted here");
         return;
     }
-    let scene = Scene::new("ordered", 40_000, 1, 3);
+    let scene = Scene::new("ordered", 2_000_000, 1, 3);
+    let place = text(scene.folder.path());
     fs::create_dir(scene.checkpoints()).expect("room for a folder");
     let mount =
         format!("mount -t tmpfs -o size=24m none {} && exec \"$@\"", text(&scene.checkpoints()));
-    let life = scene.life(2, 80_000).under_unshared(&mount).start();
+    let life = scene.life(2, 16_000).args(["--name", "job"]);
+    let life = life.env("XDG_RUNTIME_DIR", &place).env("TMPDIR", &place);
+    let life = life.under_unshared(&mount).start();
     let seen = seen_by(life.pid(), &scene.checkpoints());
     let newest = || names(&seen).iter().filter_map(|name| manifest_number(name)).max().unwrap_or(0);
     wait_for("a checkpoint", || (newest() >= 2).then_some(()));
@@ -83,7 +87,11 @@ pub fn a_full_disk_fails_checkpoints_until_there_is_room() {
     });
     assert_eq!(full.expect("a file").raw_os_error(), Some(libc::ENOSPC));
     let before = newest();
-    std::thread::sleep(std::time::Duration::from_millis(150));
+    wait_for("a checkpoint that finds the disk full", || {
+        let history = tool(scene.folder.path(), &["checkpoint", "job", "history", "--json"]);
+        let (_, out, _) = said(&history);
+        out.contains("No space left on device").then_some(())
+    });
     fs::remove_file(&filler).expect("our own file");
     wait_for("a checkpoint when there is room again", || (newest() > before + 1).then_some(()));
     life.signal(libc::SIGTERM);
@@ -98,8 +106,8 @@ fn manifest_number(name: &str) -> Option<u64> {
 }
 
 pub fn a_job_whose_checkpoint_folder_is_removed_goes_on_and_says_so() {
-    let scene = Scene::new("ordered", 30_000, 1, 4);
-    let mut life = scene.life(2, 8_000).start();
+    let scene = Scene::new("ordered", 400_000, 1, 4);
+    let mut life = scene.life(2, 16_000).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 1), "the job was too short");
     // New files may appear while it is being removed.
     while scene.checkpoints().exists() {
@@ -126,12 +134,20 @@ pub fn a_checkpoint_folder_that_cannot_be_is_refused_before_anything_is_touched(
 fn falls_back(damage: impl Fn(&Scene, u64)) {
     for workers in [2, 3] {
         let scene = killed("ordered", workers as u64);
-        let newest = scene.newest();
+        let (older, newest) = newest_two(&scene);
         damage(&scene, newest);
         let ended = scene.end(workers);
-        let expected = format!("going on from checkpoint {} instead", newest - 1);
+        let expected = format!("going on from checkpoint {older} instead");
         assert!(ended.err.contains(&expected), "{}", ended.err);
         scene.check(&jobs::ordered_rows(scene.total));
+    }
+}
+
+/// The last two checkpoints. One that failed may have had a number between them.
+fn newest_two(scene: &Scene) -> (u64, u64) {
+    match scene.manifests()[..] {
+        [.., older, newest] => (older, newest),
+        _ => panic!("there are no two checkpoints"),
     }
 }
 
@@ -180,26 +196,24 @@ pub fn a_damaged_block_is_reported_and_the_checkpoint_before_is_used() {
 /// The crash comes after the job went back, and before it took a checkpoint there.
 pub fn a_job_that_dies_after_it_went_back_does_not_find_the_damaged_checkpoint_again() {
     let mut scene = killed("ordered", 8);
-    let newest = scene.newest();
+    let (older, newest) = newest_two(&scene);
     flip(&region_file(&scene, newest), 4096 + 100);
     scene.args = vec!["--checkpoint-at".into(), "0 0 1 1 *".into()];
-    let mut life = scene.resumed_without_interval(2, 40_000).start();
     let look = || {
         let bytes = fs::metadata(&scene.files[0]).expect("the output").len();
         (fs::read(scene.checkpoints().join("roots")).expect("the roots"), bytes)
     };
     let before = look();
+    let mut life = scene.resumed_without_interval(2, 40_000).start();
     wait_for("the job to go back, its output with it", || {
         let over = life.child.try_wait().expect("our own child").is_some();
         assert!(!over, "the job was too short");
         let now = look();
         (now.0 != before.0 && now.1 != before.1).then_some(())
     });
-    // It says so after that.
-    std::thread::sleep(std::time::Duration::from_millis(100));
     life.signal_group(libc::SIGKILL);
     let ended = life.wait();
-    let older = format!("going on from checkpoint {} instead", newest - 1);
+    let older = format!("going on from checkpoint {older} instead");
     assert!(ended.err.contains(&older), "{}", ended.err);
     assert!(scene.newest() <= newest, "a checkpoint was taken");
     scene.args.clear();
@@ -209,9 +223,9 @@ pub fn a_job_that_dies_after_it_went_back_does_not_find_the_damaged_checkpoint_a
 
 pub fn when_all_is_damaged_nothing_is_touched() {
     let scene = killed("ordered", 9);
-    let newest = scene.newest();
+    let (older, newest) = newest_two(&scene);
     flip(&manifest(&scene, newest), 300);
-    flip(&region_file(&scene, newest - 1), 10);
+    flip(&region_file(&scene, older), 10);
     let before = fs::read(&scene.files[0]).expect("the output");
     let ended = scene.resumed(2, 0).run();
     assert_eq!(ended.code, Some(6), "{}", ended.err);
@@ -276,7 +290,7 @@ pub fn an_added_operator_begins_empty() {
 }
 
 pub fn a_removed_operator_is_refused_unless_its_state_may_go() {
-    let scene = Scene::new("counted", 30_000, 1, 12);
+    let scene = Scene::new("counted", 300_000, 1, 12);
     let more = format!("{} +", Asked::text(scene.total, 40_000, &scene.files));
     let mut life = scene.life_as("counted", &more, 2).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 2), "the job was too short");
@@ -289,7 +303,7 @@ pub fn a_removed_operator_is_refused_unless_its_state_may_go() {
 }
 
 pub fn a_second_job_on_a_folder_is_refused() {
-    let scene = Scene::new("ordered", 30_000, 1, 13);
+    let scene = Scene::new("ordered", 300_000, 1, 13);
     let mut life = scene.life(1, 40_000).start();
     assert!(scene.wait_for_checkpoints(&mut life, 0, 1), "the job was too short");
     let other = scene.folder.path().join("other");
@@ -298,7 +312,9 @@ pub fn a_second_job_on_a_folder_is_refused() {
     assert_eq!(ended.code, Some(6), "{}", ended.err);
     assert!(ended.err.contains(&format!("in use by process {}", life.pid())), "{}", ended.err);
     assert!(!other.exists());
+    life.signal(libc::SIGTERM);
     assert_eq!(life.wait().code, Some(0));
+    scene.end(1);
     scene.check(&jobs::ordered_rows(scene.total));
 }
 
@@ -344,7 +360,7 @@ pub fn resuming_a_finished_job_changes_nothing() {
 pub fn a_checkpoint_may_be_named_by_number_and_by_path() {
     for (workers, by_path) in [(2, false), (2, true), (3, false)] {
         let scene = killed("ordered", 17);
-        let older = scene.newest() - 1;
+        let (older, _) = newest_two(&scene);
         let name = if by_path { text(&manifest(&scene, older)) } else { older.to_string() };
         let ended = scene.life(workers, 0).args(["--resume-from", &name]).run();
         assert_eq!(ended.code, Some(0), "{}", ended.err);

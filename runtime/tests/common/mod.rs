@@ -79,7 +79,8 @@ pub fn host_on(threads: usize, jobs: Jobs, trials: Vec<Trial>) -> ExitCode {
         return program::run(jobs);
     }
     let mut arguments = Arguments::from_args();
-    arguments.test_threads.get_or_insert(threads);
+    let asked = arguments.test_threads.unwrap_or(threads);
+    arguments.test_threads = Some(asked.min(threads));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

@@ -106,7 +106,9 @@ pub fn supervisor_of(launched: u32) -> Option<u32> {
 /// The workers of a job: children of the launched process, or of its supervisor.
 pub fn workers_of(launched: u32) -> Vec<u32> {
     let parents: Vec<u32> = supervisor_of(launched).into_iter().chain([launched]).collect();
-    let is_worker = |pid: &u32| stat(*pid).is_some_and(|stat| stat.name.starts_with("testudo-w"));
+    let is_worker = |pid: &u32| {
+        stat(*pid).is_some_and(|stat| stat.name.starts_with("testudo-w") && stat.state != 'Z')
+    };
     parents.into_iter().flat_map(children).filter(is_worker).collect()
 }
 

@@ -5,8 +5,9 @@
 //! Keys are numbers modulo [`KEYS`], a multiple of every parallelism used, so that each key has one
 //! producer and its records one order.
 
+use super::gated::Gated;
 use super::{sorted_lines, text};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use testudo::flow::keyed::Keyed;
 use testudo::prelude::*;
 use testudo::sink::file::Csv;
@@ -45,6 +46,24 @@ pub fn checked(flow: &Flow, parameters: &str, numbers: impl Fn(u64) -> Numbered 
     let total = total.parse().expect("a number");
     let numbers = flow.source("numbers", Generator::new(total, numbers));
     tallied(flow, numbers.key_by(|record| record.key), output);
+}
+
+/// As [`ordered`], with an input that ends once its gate is there.
+pub fn gated(flow: &Flow, parameters: &str) {
+    let (total, output) = parameters.split_once(' ').expect("total and output");
+    let total = total.parse().expect("a number");
+    let source = Gated { total, gate: gate(Path::new(output)) };
+    let numbers = flow.source("numbers", source).map(|n| numbered(*n));
+    tallied(flow, numbers.key_by(|record| record.key), output);
+}
+
+fn gate(output: &Path) -> PathBuf {
+    output.with_extension("gate")
+}
+
+/// Lets the input of a job of [`gated`] end.
+pub fn open_gate(output: &Path) {
+    std::fs::write(gate(output), "").expect("room for a file");
 }
 
 /// What is behind the exchange.

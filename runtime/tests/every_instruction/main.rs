@@ -179,6 +179,9 @@ fn job(total: u64, output: &Path) -> Cli {
         "json",
         "--max-restarts",
         "1000000",
+        // A life that is looked at for long ends no step meanwhile.
+        "--hang-timeout",
+        "never",
     ])
 }
 

@@ -16,7 +16,7 @@ type Flip = (&'static str, u64, u32);
 /// A job one of whose workers is stopped somewhere, changed in one bit, and killed.
 fn flipped(part: &'static str, random: &mut Random) -> (Flip, Result<(), String>) {
     let life = Life::new(20_000);
-    let mut job = life.with_checkpoints("sums", "none", 0, 40_000).start();
+    let mut job = life.with_checkpoints("sums", "none", 0, 120_000).start();
     wait_for("a checkpoint", || {
         assert!(job.child.try_wait().expect("our own child").is_none(), "the job is too short");
         super::has_checkpoint(life.folder.path()).then_some(())
