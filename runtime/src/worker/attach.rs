@@ -199,7 +199,13 @@ impl Attach {
         if let Some(fd) = role.succession {
             successor::await_turn(fd, own, role.in_haste)?;
         }
-        match death::claim(own, || point(Point::Claimed)) {
+        let claim = || death::claim(own, || point(Point::Claimed));
+        // An owner that is gone by now has marked the word meanwhile.
+        let claimed = claim().or_else(|error| match verify::is_gone(&error) {
+            true => claim(),
+            false => Err(error),
+        });
+        match claimed {
             Ok(()) => {}
             Err(error) => match verify::claim(worker, error) {
                 // A standby was first. It is the worker, and nothing is wrong (R2).

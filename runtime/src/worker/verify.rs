@@ -12,6 +12,7 @@ use super::attach::held_groups;
 use crate::error::Error;
 use crate::plan::Plan;
 use crate::plan::layout::stride;
+use std::path::Path;
 use testudo_shm::death::ClaimError;
 use testudo_shm::fault::Fault;
 use testudo_shm::frame::{Head, Kind};
@@ -78,6 +79,11 @@ pub(super) fn founded(
         return Err(Error::Unsound("the header of its segment is empty, its cells are not".into()));
     }
     Ok(())
+}
+
+/// Whether a claim failed for a thread that there is none of.
+pub(super) fn is_gone(error: &ClaimError) -> bool {
+    matches!(error, ClaimError::Owned(tid) if !Path::new(&format!("/proc/{tid}")).exists())
 }
 
 /// Why a segment cannot be claimed: the word was overwritten, if it names a thread that is no
