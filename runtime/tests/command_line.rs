@@ -10,6 +10,7 @@ use common::{Jobs, folder, text, trials};
 use std::fs;
 use std::path::Path;
 use std::process::{ExitCode, Stdio};
+use std::time::Instant;
 use testudo::prelude::*;
 use testudo::serde_json::Value;
 use testudo::shm::record::Record;
@@ -578,11 +579,14 @@ fn r8_a_job_with_nothing_to_do_sleeps() {
         let mut all = job.workers(2);
         all.extend([job.pid(), job.supervisor()]);
         let spent = || all.iter().map(|pid| ticks(*pid).expect("it runs")).sum::<u64>();
-        let before = spent();
-        std::thread::sleep(Duration::from_secs(1));
-        // Processor time, not time: on a busy machine there is less of it, never more.
-        let after = spent();
-        assert!(after - before < 40, "{} hundredths of a second in one second", after - before);
+        // A start, or a processor that the host takes away from who has it, is charged too: one
+        // quiet second is proof, and one that spins has none.
+        common::wait_for("a second of sleep", || {
+            let (begun, before) = (Instant::now(), spent());
+            std::thread::sleep(Duration::from_secs(1));
+            let rate = (spent() - before) as f64 / begun.elapsed().as_secs_f64();
+            (rate < 40.0).then_some(())
+        });
         drop(write);
         assert_eq!(job.wait().code, Some(0));
     }

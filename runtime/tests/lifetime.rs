@@ -3,9 +3,7 @@
 
 mod common;
 
-use common::process::{
-    Disturber, Held, own_group_and_session, signal_worker, stat, status_kib, workers_of,
-};
+use common::process::{Disturber, Held, own_group_and_session, signal_worker, stat, workers_of};
 use common::program::{Cli, Started};
 use common::tally::{self, ordered};
 use common::{
@@ -76,12 +74,7 @@ fn windows(flow: &Flow, output: &str) {
 fn started(output: &Path) -> Started {
     let job = Cli::new("windows", &text(output)).workers(2);
     let job = job.args(["--rate", "100000", "--report", "json"]).own_group().start();
-    let workers = job.workers(2);
-    // They attach, then read: pages of state show that they did.
-    wait_for("state", || {
-        let shared = |pid: &u32| status_kib(*pid, "RssShmem").is_some_and(|kib| kib > 100);
-        workers.iter().all(shared).then_some(())
-    });
+    job.working(2);
     job
 }
 
@@ -120,17 +113,23 @@ fn an_interrupt_from_the_terminal_drains_the_job() {
     assert_drained(job, &output);
 }
 
-/// Takes for ever over each record.
-fn stuck(flow: &Flow, _: &str) {
-    flow.source("numbers", Generator::new(u64::MAX, |n| n))
-        .round_robin()
-        .for_each(|_| std::thread::sleep(Duration::from_secs(1)));
+/// Takes for ever over each record; a file says that it has begun to.
+fn stuck(flow: &Flow, marker: &str) {
+    let marker = marker.to_owned();
+    flow.source("numbers", Generator::new(u64::MAX, |n| n)).round_robin().for_each(move |_| {
+        fs::write(&marker, "").expect("room for a file");
+        std::thread::sleep(Duration::from_secs(3600));
+    });
 }
 
 fn a_second_signal_stops_at_once() {
     for second in [libc::SIGINT, libc::SIGTERM] {
-        let job = Cli::new("stuck", "").workers(2).start();
+        let folder = folder();
+        let marker = folder.path().join("marker");
+        let job = Cli::new("stuck", &text(&marker)).workers(2).start();
         let workers = job.workers(2);
+        // A drain before anything is read would end the job at once.
+        wait_for("a record that takes for ever", || marker.exists().then_some(()));
         job.signal(libc::SIGINT);
         // Two signals of one number that come together are one to the kernel: the first must have
         // been read.
@@ -197,8 +196,10 @@ fn an_embedded_job_is_drained_and_stopped_on_request() {
         sorted_lines(&output).iter().map(|line| line.parse::<u64>().expect("a count")).sum();
     assert_eq!(report.records_in, counts);
 
-    let running = start(stuck, "", settings(2));
+    let marker = folder.path().join("marker");
+    let running = start(stuck, &text(&marker), settings(2));
     let _view = running.workers().expect("the job starts");
+    wait_for("a record that takes for ever", || marker.exists().then_some(()));
     running.stop();
     running.stop();
     let error = finish(running).expect_err("it was stopped");
@@ -264,6 +265,7 @@ fn r3_workers_do_not_outlive_a_killed_launcher() {
     for stopped in [false, true] {
         let parameters = tally::parameters(u64::MAX, &output);
         let job = Cli::new("ordered", &parameters).workers(3).args(["--rate", "10000"]).start();
+        job.working(3);
         let workers = held_workers(&job, 3);
         if stopped {
             assert!(workers[1].signal(libc::SIGSTOP));
@@ -431,7 +433,9 @@ fn unlucky(flow: &Flow, parameters: &str) {
     flow.source("numbers", Generator::new(50_000, |n| n))
         .map(move |n| {
             if *n == 333 && !Path::new(&marker).exists() {
-                fs::write(&marker, "was here").expect("room for a file");
+                let new = format!("{marker}.new");
+                fs::write(&new, std::process::id().to_string()).expect("room for a file");
+                fs::rename(new, &marker).expect("our own file");
                 panic!("bad luck");
             }
             *n
@@ -465,11 +469,11 @@ fn an_operator_that_panics_once_is_recovered_from() {
 
 fn last_words_are_those_of_the_life_that_said_them() {
     let folder = folder();
-    let slow = Settings { rate: Some(25_000), ..settings(1) };
+    let slow = Settings { rate: Some(12_500), ..settings(1) };
     let running = start(unlucky, &unlucky_parameters(folder.path()), slow);
     let view = running.workers().expect("the job starts");
-    wait_for("the panic", || folder.path().join("marker").exists().then_some(()));
-    let first = view.workers[0].pid.load(testudo::shm::primitive::Ordering::Acquire);
+    let marker = folder.path().join("marker");
+    let first: u32 = wait_for("the panic", || fs::read_to_string(&marker).ok()?.parse().ok());
     wait_for("the successor", || {
         let pid = view.workers[0].pid.load(testudo::shm::primitive::Ordering::Acquire);
         (pid != first || running.is_over()).then_some(())

@@ -539,8 +539,11 @@ impl Pump {
     /// A line fills the whole pipe: its beginning comes here, so that there is room for its end.
     /// True when there was one.
     fn take_long(&mut self) -> Result<bool, Error> {
-        let is_full = self.gate.outer.filled() > 0 && self.gate.inner.filled() == self.bytes.len();
-        if !is_full || self.bytes.is_empty() || memchr::memchr(b'\n', &self.bytes).is_some() {
+        if self.bytes.is_empty() || memchr::memchr(b'\n', &self.bytes).is_some() {
+            return Ok(false);
+        }
+        let is_full = self.gate.is_full().map_err(|error| unread(&error))?;
+        if !is_full || self.gate.inner.filled() != self.bytes.len() {
             return Ok(false);
         }
         self.gate.inner.drop_front(self.bytes.len()).map_err(|error| unread(&error))?;

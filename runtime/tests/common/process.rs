@@ -4,7 +4,9 @@
 #![expect(unsafe_code, reason = "signals, process groups, pidfd_open, pidfd_send_signal")]
 
 use super::{Random, wait_for};
+use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 use testudo::shm::header::WorkerHeader;
 use testudo::shm::primitive::Ordering;
@@ -110,6 +112,23 @@ pub fn workers_of(launched: u32) -> Vec<u32> {
         stat(*pid).is_some_and(|stat| stat.name.starts_with("testudo-w") && stat.state != 'Z')
     };
     parents.into_iter().flat_map(children).filter(is_worker).collect()
+}
+
+/// Steps that each worker of a job has committed, by worker: from the first pages of their
+/// segments, which the job's keeper holds.
+pub fn commits(launched: u32) -> BTreeMap<usize, u64> {
+    let entries = std::fs::read_dir(format!("/proc/{launched}/fd")).into_iter().flatten().flatten();
+    let of = |entry: std::fs::DirEntry| {
+        let link = std::fs::read_link(entry.path()).ok()?;
+        let name = link.to_str()?.strip_prefix("/memfd:")?;
+        let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+        let worker = name.rsplit_once("-w")?.1.parse().ok()?;
+        let mut word = [0; 8];
+        let at = std::mem::offset_of!(WorkerHeader, commits) as u64;
+        std::fs::File::open(entry.path()).ok()?.read_exact_at(&mut word, at).ok()?;
+        Some((worker, u64::from_ne_bytes(word)))
+    };
+    entries.filter_map(of).collect()
 }
 
 /// A number of KiB in /proc/PID/status, such as VmRSS.

@@ -246,6 +246,16 @@ impl Started {
         })
     }
 
+    /// Waits until each worker has committed a step: it has claimed what is its own, so no later
+    /// supervisor replaces it, and has read something.
+    pub fn working(&self, count: usize) -> Vec<u32> {
+        super::wait_for("steps of all workers", || {
+            let commits = process::commits(self.pid());
+            (commits.len() == count && commits.values().all(|n| *n > 0)).then_some(())
+        });
+        self.workers(count)
+    }
+
     /// Waits until it has a supervisor, and gives its number.
     pub fn supervisor(&self) -> u32 {
         super::wait_for("the supervisor of a job", || process::supervisor_of(self.pid()))

@@ -169,6 +169,15 @@ impl Gate {
         self.outer.write.try_clone()
     }
 
+    /// Whether the inner pipe has no room for what is in the outer one. (What has room moves on.)
+    pub(super) fn is_full(&mut self) -> io::Result<bool> {
+        if self.outer.filled() == 0 {
+            return Ok(false);
+        }
+        let (from, to) = (self.outer.read.as_raw_fd(), self.inner.write.as_raw_fd());
+        Ok(splice(from, to, WANTED.cast_unsigned() as usize, false)? == Some(0))
+    }
+
     /// Moves on what has come; then all that is in the inner pipe goes to `bytes`, if it is more
     /// than is there already.
     pub(super) fn look(&mut self, bytes: &mut Vec<u8>) -> io::Result<()> {
