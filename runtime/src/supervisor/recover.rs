@@ -327,7 +327,8 @@ impl<'a> Crew<'a> {
             kill(child.pid);
         }
         let standby = self.standbys.of(worker);
-        let left = left.unwrap_or_else(|| Remains::take(self.plan, self.scene, worker, standby));
+        let dead = (worker, child.pid as u32);
+        let left = left.unwrap_or_else(|| Remains::take(self.plan, self.scene, dead, standby));
         let header = left.header().unwrap_or(self.scene.workers[worker]);
         self.deaths.push(worker);
         let (failed, exit) = has_failed(header, child.pid, exit);

@@ -4,8 +4,9 @@
 //!
 //! The copy is whole and of one life: it is taken first, and then the claim is looked at. While
 //! that says that its owner is dead, nobody has written anything (R2: the claim comes before all
-//! else). Otherwise a standby has claimed the segment; it keeps a copy of its own before it goes
-//! on, and that one is taken.
+//! else), unless a standby has claimed the segment and died as well by now. A standby keeps a copy
+//! of its own before it goes on, and that one is taken then, as long as it is of the life in
+//! question.
 //!
 //! Called by `recover` at each death, for `autopsy`.
 
@@ -49,11 +50,12 @@ pub(crate) struct Remains {
 }
 
 impl Remains {
-    /// Of a worker that died just now. `standby` is the one that may take its place.
+    /// Of a worker that died just now, as this process. `standby` is the one that may take its
+    /// place.
     pub(crate) fn take(
         plan: &Plan,
         scene: &Scene,
-        worker: usize,
+        (worker, pid): (usize, u32),
         standby: Option<&Standby>,
     ) -> Self {
         let at = plan.layout.segments[worker].at;
@@ -66,17 +68,26 @@ impl Remains {
         let claim = &scene.workers[worker].claim.word;
         let copy = Self::copy(&words);
         fence(Ordering::Acquire);
-        let Some(standby) = standby.filter(|_| !death::is_dead(claim)) else { return copy };
+        let Some(standby) = standby else { return copy };
         let begun = Instant::now();
         loop {
+            let is_unclaimed = death::is_dead(claim);
             match standby.state() {
-                State::Took(of) if of == worker => return Self::kept_by(standby).unwrap_or(copy),
+                State::Took(of) if of == worker => {
+                    let kept = Self::kept_by(standby).filter(|kept| kept.is_of(pid));
+                    return kept.unwrap_or(copy);
+                }
+                _ if is_unclaimed => return copy,
                 State::Taking(of) if of == worker && begun.elapsed() < PATIENCE => {
                     std::thread::sleep(Duration::from_micros(50));
                 }
                 _ => return copy,
             }
         }
+    }
+
+    fn is_of(&self, pid: u32) -> bool {
+        self.header().is_some_and(|header| header.pid.load(Ordering::Relaxed) == pid)
     }
 
     /// What a standby has kept of the worker whose place it took.
