@@ -309,6 +309,12 @@ impl<'a> Crew<'a> {
         self.note_death(worker, exit, None)
     }
 
+    /// What a worker left that died just now, as this process.
+    fn remains(&self, worker: usize, pid: u32) -> Remains {
+        let standby = self.standbys.of(worker);
+        Remains::take(self.plan, self.scene, (worker, pid), standby)
+    }
+
     /// As [`Self::died`], where what it left is known already.
     pub(super) fn note_death(
         &mut self,
@@ -326,9 +332,7 @@ impl<'a> Crew<'a> {
         if exit.is_none() {
             kill(child.pid);
         }
-        let standby = self.standbys.of(worker);
-        let dead = (worker, child.pid as u32);
-        let left = left.unwrap_or_else(|| Remains::take(self.plan, self.scene, dead, standby));
+        let left = left.unwrap_or_else(|| self.remains(worker, child.pid as u32));
         let header = left.header().unwrap_or(self.scene.workers[worker]);
         self.deaths.push(worker);
         let (failed, exit) = has_failed(header, child.pid, exit);
