@@ -25,6 +25,7 @@ const JOBS: Jobs = &[
     ("ordered", ordered),
     ("chancy", chancy),
     ("summed", summed),
+    ("windowed", windowed),
     ("overwritten", overwritten),
     ("loud", loud),
 ];
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         trials![
             r21_a_replica_follows_every_step_and_finds_no_difference,
             r21_timers_of_the_day_fire_in_a_replica_as_in_its_worker,
+            r21_windows_of_little_input_are_the_same_in_every_replica_that_follows,
             a_replica_takes_over_and_nothing_is_lost_or_doubled,
             kills_at_random_at_tier_1_change_nothing,
             a_replica_that_dies_is_followed_by_another,
@@ -163,6 +165,36 @@ fn r21_timers_of_the_day_fire_in_a_replica_as_in_its_worker() {
     await_steps(&view, 2000);
     running.stop();
     let report = finish(running).expect("the job ends");
+    assert_eq!(differences(&report), 0, "{:?}", report.replicas);
+}
+
+/// Sums by key and window of time: some hundred records fall into each.
+fn windowed(flow: &Flow, parameters: &str) {
+    let total = parameters.parse().expect("a number");
+    flow.source("numbers", Generator::new(total, |n| n))
+        .event_time(Duration::from_millis(20), |n| *n as i64 - (*n * 7 % 20) as i64)
+        .key_by(|n| n.wrapping_mul(*n) % 61)
+        .window(sliding(Duration::from_millis(400), Duration::from_millis(200)), |n| *n as i64)
+        .aggregate(|| 0u64, |sum, n| *sum += *n, |sum, other| *sum += *other, |_, _, sum| *sum)
+        .for_each(|_| ());
+}
+
+/// A step of little input is compared whole: what a process only remembers must not show in it.
+fn r21_windows_of_little_input_are_the_same_in_every_replica_that_follows() {
+    let settings = Settings { rate: Some(5000), ..tier_1(1) };
+    let running = start(windowed, &u64::MAX.to_string(), settings);
+    let view = running.workers().expect("the job starts");
+    let mut job = Disturber::new(&running, &view, 1);
+    for _ in 0..deep(40, 8) {
+        job.settle(0);
+        await_replicas(&view);
+        await_steps(&view, 20);
+        job.kill(0);
+    }
+    job.settle(0);
+    running.stop();
+    let report = finish(running).expect("the job ends");
+    assert!(by_replica(&report.restarts) > 0, "{:?}", report.restarts);
     assert_eq!(differences(&report), 0, "{:?}", report.replicas);
 }
 

@@ -78,7 +78,8 @@ pub struct KeyedWindow<T: Record, K: Record, A: Record, U: Record, X: KeyedFns<T
     pub(crate) cells: FireCells,
     /// By key group; empty unless owners have changed since.
     pub(crate) before: Vec<Fired>,
-    /// The slice that was last found not to be late under the present watermark: [from, to).
+    /// The slice that was last found not to be late under the present watermark: [from, to). What
+    /// is logged must not depend on what it was before the batch: see `begin_batch`.
     pub(crate) good: (i64, i64),
     /// Where the keys of the chunks in work lie.
     pub(crate) ahead: [Ahead; TURNS],
@@ -198,6 +199,26 @@ where
         }
         self.good = (slice, self.window.slice_end(slice));
         true
+    }
+
+    /// Chooses the slice in which the keys of a batch are looked for ahead, and logged, by the
+    /// batch alone: a process that has just begun to follow must do what its worker does, which
+    /// remembers the slice of the batch before.
+    #[inline]
+    fn begin_batch(&mut self, cx: &Cx, first: Option<&T::View>) {
+        self.good = (0, 0);
+        if let Some(record) = first
+            && self.choose_slice(cx, self.fns.time(record))
+        {
+            self.slices.slice(self.good.0);
+        }
+    }
+
+    /// The slice that is chosen.
+    #[inline(always)]
+    fn chosen(&self) -> Option<i64> {
+        let (from, to) = self.good;
+        (from != to).then_some(from)
     }
 
     /// End of the next window that the watermark makes fire.
@@ -344,7 +365,7 @@ where
     #[inline(never)]
     fn ask(&mut self, chunk: &[T::View], turn: usize) {
         self.ahead[turn].restart();
-        if let Some(table) = self.slices.in_use(self.good.0) {
+        if let Some(table) = self.chosen().and_then(|id| self.slices.in_use(id)) {
             let keys = chunk.iter().map(|record| (self.keyed.key)(record));
             table.ask(keys, &mut self.ahead[turn]);
         }
@@ -352,7 +373,7 @@ where
 
     #[inline(never)]
     fn find_and_log(&mut self, cx: &mut Cx, chunk: &[T::View], turn: usize) {
-        if let Some(table) = self.slices.in_use(self.good.0) {
+        if let Some(table) = self.chosen().and_then(|id| self.slices.in_use(id)) {
             let keys = chunk.iter().map(|record| (self.keyed.key)(record));
             table.find_and_log(&mut cx.txn, keys, &mut self.ahead[turn]);
         }
@@ -393,6 +414,7 @@ where
         if Table::<K, A>::IN_RUNS
             && let Some(records) = batch.as_slice()
         {
+            self.begin_batch(cx, records.first());
             return in_runs(self, cx, records);
         }
         let ask = |this: &mut Self, item: Item<'_, T>| {
