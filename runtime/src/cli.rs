@@ -44,12 +44,18 @@ pub fn main_with<O: Args>(
     after: impl FnOnce(&O, &crate::supervisor::report::Report) -> Result<(), String>,
 ) -> ExitCode {
     crate::init();
+    run(build, after)
+}
+
+/// The rest of `main_with`, for which there is enough stack now.
+#[inline(never)]
+fn run<O: Args>(
+    build: impl Fn(&Flow, &O),
+    after: impl FnOnce(&O, &crate::supervisor::report::Report) -> Result<(), String>,
+) -> ExitCode {
+    crate::limits::refuse_long_files();
     let role = keeper::role::take();
     let program = role.as_ref().map_or_else(program_name, |role| role.name.clone());
-    if let Err(error) = crate::stack::ensure() {
-        crate::say!("{program}: {error}");
-        return ExitCode::from(error.exit_code());
-    }
     // Said here: the flattened arguments' own comments would stand in its place otherwise.
     let command = Command::<O>::command().about(ABOUT).long_about(None);
     let parsed = command
@@ -134,7 +140,7 @@ fn lead<O: Args>(
 }
 
 /// The program's file name: the job's default name.
-fn program_name() -> String {
+pub(crate) fn program_name() -> String {
     let first = std::env::args_os().next().unwrap_or_default();
     let path = std::path::Path::new(&first);
     path.file_stem().map_or("job".into(), |name| name.to_string_lossy().into_owned())

@@ -177,7 +177,7 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "N", value_parser = whole::<usize>, allow_negative_numbers = true)]
     workers: Option<usize>,
     /// Cores to pin workers to, such as 0,2-5 [default: all that this process may use]
-    #[arg(long, value_name = "LIST")]
+    #[arg(long, value_name = "LIST", allow_negative_numbers = true)]
     cores: Option<String>,
     /// What a worker without input does [default: adaptive]
     #[arg(long, value_enum)]
@@ -253,7 +253,8 @@ pub struct SettingsArgs {
     #[arg(long, value_name = "TIME")]
     checkpoint_interval: Option<Schedule>,
     /// Checkpoints by the clock (UTC), as five fields: minute, hour, day, month, weekday
-    #[arg(long, value_name = "PATTERN", conflicts_with = "checkpoint_interval")]
+    #[arg(long, value_name = "PATTERN", value_parser = by_the_clock)]
+    #[arg(conflicts_with = "checkpoint_interval")]
     checkpoint_at: Option<Schedule>,
     /// Bytes a second that all workers' checkpoints may write [default: no limit]
     #[arg(long, value_name = "BYTES")]
@@ -706,6 +707,11 @@ fn read_file(path: &Path) -> Result<SettingsArgs, Error> {
     toml::from_str(&text).map_err(|error| {
         Error::Usage(format!("--config {}: {}", path.display(), error.to_string().trim_end()))
     })
+}
+
+/// Parses a pattern of the clock.
+fn by_the_clock(text: &str) -> Result<Schedule, String> {
+    text.parse().map(Schedule::At)
 }
 
 /// Parses a number of things.

@@ -33,7 +33,7 @@ pub mod error;
 
 pub mod config;
 
-mod stack;
+mod limits;
 
 pub mod slo;
 
@@ -85,6 +85,7 @@ pub use {clap, serde, serde_json};
 ///
 /// [`main`](fn@crate::main) calls it by itself.
 pub fn init() {
+    limits::ensure_stack_or_exit(&cli::program_name());
     if let Some(role) = worker::entry::role()
         && role.entry != 0
     {

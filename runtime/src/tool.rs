@@ -319,6 +319,12 @@ impl Out {
 /// The whole main of the tool.
 #[must_use]
 pub fn main() -> ExitCode {
+    crate::limits::ensure_stack_or_exit("testudo");
+    parse_and_run()
+}
+
+#[inline(never)]
+fn parse_and_run() -> ExitCode {
     let cli = Cli::parse();
     let mut out = Out { as_json: cli.json, left: false };
     match run(cli.command, &mut out) {

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
             every_bad_value_is_refused_with_what_it_should_be,
             every_bad_configuration_file_is_refused_with_its_place,
             outputs_that_cannot_be_written_are_refused,
+            a_job_that_is_refused_leaves_its_outputs_as_they_were,
             a_checkpoint_folder_that_cannot_be_made_is_refused,
             a_configuration_file_stands_between_flags_and_defaults,
             switches_can_be_turned_off_where_the_file_turned_them_on,
@@ -135,7 +136,7 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
          this machine can \
          address",
     );
-    for bad in ["1-", "", "1-0", "a", "0,,1", "5000"] {
+    for bad in ["1-", "", "1-0", "a", "0,,1", "5000", "-1", "0,-1"] {
         ours(&["--cores", bad], &format!("--cores {bad:?}: write core numbers, such as 0,2-5"));
     }
     ours(
@@ -154,6 +155,12 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
     let name = "a name has one letter at least, and no slashes or line ends";
     ours(&["--name", "a/b"], &format!("--name \"a/b\": {name}"));
     ours(&["--name", ""], &format!("--name \"\": {name}"));
+    parsed(
+        &["--checkpoint-at", "5s"],
+        "invalid value '5s' for '--checkpoint-at <PATTERN>': \"5s\" has 1 fields; a clock pattern \
+         has five: minute, hour, day, month, day of the week, such as \"0 * * * *\" for each full \
+         hour",
+    );
     parsed(
         &["--limit", "1.5"],
         "invalid value '1.5' for '--limit <N>': write a whole number, such as 2",
@@ -236,6 +243,37 @@ fn outputs_that_cannot_be_written_are_refused() {
         assert_eq!((ended.err, ended.code), (format!("job: {message}\n"), Some(3)));
     }
     assert_eq!(fs::read_to_string(&file).ok().as_deref(), Some("precious\n"));
+}
+
+fn a_job_that_is_refused_leaves_its_outputs_as_they_were() {
+    let folder = folder();
+    let output = folder.path().join("rows");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("it has one").to_string();
+    let (nowhere, other) = (folder.path().join("no/letters"), folder.path().join("printed"));
+    let cases: [(&[&str], &str, i32, &str); 5] = [
+        (&["--listen", &address], "", 2, "another program has that port"),
+        (&["--dead-letters", &text(&nowhere)], "", 2, "name a file in a folder that is there"),
+        (&["--dead-letters", &text(&output)], "", 2, "for something else; choose another file"),
+        (&["--print-to", &text(&other)], "", 2, "this job prints nothing; leave it out"),
+        (&[], "ulimit -v 2000000 && ", 4, "cannot reserve"),
+    ];
+    for (args, before, code, message) in cases {
+        for kept in [Some("what was there\n"), None] {
+            match kept {
+                Some(kept) => fs::write(&output, kept).expect("room"),
+                None => fs::remove_file(&output).expect("it is there"),
+            }
+            let job =
+                Cli::new("ordered", &tally::parameters(6000, &output)).args(["--workers", "2"]);
+            let job = job.args(args.iter().copied());
+            let ended = job.under(&format!("{before}exec \"$@\"")).run();
+            assert_eq!(ended.code, Some(code), "{args:?}: {}", ended.err);
+            assert!(ended.err.contains(message), "{args:?}: {}", ended.err);
+            assert_eq!(fs::read_to_string(&output).ok().as_deref(), kept, "{args:?}");
+        }
+    }
+    assert!(!other.exists());
 }
 
 fn a_checkpoint_folder_that_cannot_be_made_is_refused() {

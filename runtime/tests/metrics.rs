@@ -4,6 +4,7 @@
 mod common;
 
 use common::gated::Gated;
+use common::process::Held;
 use common::program::{Cli, Started};
 use common::tool::{said, tool};
 use common::{Jobs, folder, text, trials, wait_for};
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         trials![
             the_text_is_valid_and_its_numbers_are_those_of_the_report,
             hostile_clients_do_the_job_no_harm,
+            metrics_stay_where_they_were_when_the_supervisor_dies,
             a_port_that_is_taken_and_an_address_that_others_reach_are_refused,
             the_strict_parser_refuses_what_prometheus_would,
         ],
@@ -355,6 +357,22 @@ fn hostile_clients_do_the_job_no_harm() {
     let report = scene.end();
     assert_eq!(report["records_out"], TOTAL);
     assert_eq!(report["restarts"].as_array().map(Vec::len), Some(0));
+}
+
+fn metrics_stay_where_they_were_when_the_supervisor_dies() {
+    let scene = Scene::start(2);
+    for _ in 0..3 {
+        let supervisor = scene.job.supervisor();
+        let held = Held::child_of(supervisor, scene.job.pid()).expect("the supervisor");
+        assert!(held.signal(libc::SIGKILL));
+        // Nobody who asks meanwhile is refused: the next supervisor answers.
+        let samples = scene.scrape();
+        assert!(samples.contains_key("testudo_job_uptimeSeconds"), "{samples:?}");
+        wait_for("another supervisor", || (scene.job.supervisor() != supervisor).then_some(()));
+    }
+    scene.settled();
+    let report = scene.end();
+    assert_eq!(report["records_out"], TOTAL);
 }
 
 fn a_port_that_is_taken_and_an_address_that_others_reach_are_refused() {

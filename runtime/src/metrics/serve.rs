@@ -47,11 +47,11 @@ pub(crate) struct MetricsServer {
 }
 
 impl MetricsServer {
-    /// Begins to serve at an address; port 0 is any free one.
+    /// Takes an address, at which nobody is answered yet; port 0 is any free one.
     ///
     /// # Errors
     /// When the address cannot be had.
-    pub(crate) fn start(address: SocketAddr, served: impl Served) -> Result<Self, Error> {
+    pub(crate) fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
         let refuse = |error: std::io::Error| {
             let hint = match error.kind() {
                 ErrorKind::AddrInUse => {
@@ -64,6 +64,15 @@ impl MetricsServer {
         };
         let listener = TcpListener::bind(address).map_err(refuse)?;
         listener.set_nonblocking(true).map_err(refuse)?;
+        Ok(listener)
+    }
+
+    /// Begins to serve.
+    ///
+    /// # Errors
+    /// When there is no thread for it, or the listener is none.
+    pub(crate) fn start(listener: TcpListener, served: impl Served) -> Result<Self, Error> {
+        let refuse = |error| Error::Machine(format!("the listener of --listen: {error}"));
         let address = listener.local_addr().map_err(refuse)?;
         let bell = Arc::new(crate::supervisor::watch::event_fd()?);
         let stop = Arc::<AtomicU32>::default();

@@ -27,6 +27,7 @@ use crate::plan::layout::COUNTERS_AT;
 use crate::plan::{CounterKind, Plan};
 use crate::time::now_ns;
 use std::collections::{BTreeMap, VecDeque};
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex, MutexGuard};
 use testudo_shm::counters::{Counter, ENTRY};
 use testudo_shm::header::{self, OutsideState, WorkerHeader, WorkerState};
@@ -219,24 +220,19 @@ impl Board {
         })
     }
 
-    /// Serves the numbers, where the settings ask for it, and says where.
-    pub(crate) fn serve(
-        self: &Arc<Self>,
-        settings: &Settings,
-    ) -> Result<Option<MetricsServer>, Error> {
-        let Some(address) = settings.listen else { return Ok(None) };
-        let server = MetricsServer::start(address, AtBoard(Arc::clone(self)))?;
+    /// Serves the numbers, and says where.
+    pub(crate) fn serve(self: &Arc<Self>, listener: TcpListener) -> Result<MetricsServer, Error> {
+        let server = MetricsServer::start(listener, AtBoard(Arc::clone(self)))?;
         crate::say!("testudo: metrics at http://{}/metrics", server.address());
-        Ok(Some(server))
+        Ok(server)
     }
 
     /// The same in a supervisor that took the job over: whoever scrapes does without, if it cannot
-    /// be, rather than the job.
-    pub(crate) fn serve_again(self: &Arc<Self>, settings: &Settings) -> Option<MetricsServer> {
-        self.serve(settings).unwrap_or_else(|error| {
-            crate::say!("testudo: no metrics any more: {error}");
-            None
-        })
+    /// be, rather than the job. Nobody who asked meanwhile was refused.
+    pub(crate) fn serve_again(self: &Arc<Self>, listener: TcpListener) -> Option<MetricsServer> {
+        MetricsServer::start(listener, AtBoard(Arc::clone(self)))
+            .inspect_err(|error| crate::say!("testudo: no metrics any more: {error}"))
+            .ok()
     }
 
     /// The supervisor's loop has come round: what it knows by now.

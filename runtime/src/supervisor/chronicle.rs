@@ -50,8 +50,8 @@ const NOTES_AT: usize = 4096;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Note {
     /// The job began at this time of the monotonic clock; the locks of its outputs are held by
-    /// these descriptors, and so are the pipes of its console.
-    Begun { ns: u64, locks: Vec<RawFd>, console: Option<Ends> },
+    /// these descriptors, and so are the pipes of its console and the listener of its metrics.
+    Begun { ns: u64, locks: Vec<RawFd>, console: Option<Ends>, metrics: Option<RawFd> },
     /// The job's control socket.
     Socket(Kept),
     /// A worker died, or more is known about it now (the number is the restart's).
@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn a_successor_reads_what_was_noted_and_goes_on() {
         let (mut first, fd) = created();
-        first.note(&Note::Begun { ns: 7, locks: vec![64], console: None });
+        first.note(&Note::Begun { ns: 7, locks: vec![64], console: None, metrics: None });
         first.note(&Note::Pausing(true));
         drop(first);
         let (mut second, notes) = open(fd.try_clone().expect("room"));
@@ -224,7 +224,8 @@ mod tests {
         let (mut first, fd) = created();
         let locks = vec![1_000_000_000; BYTES / 20];
         for _ in 0..3 {
-            first.note(&Note::Begun { ns: 0, locks: locks.clone(), console: None });
+            let locks = locks.clone();
+            first.note(&Note::Begun { ns: 0, locks, console: None, metrics: None });
         }
         first.note(&Note::Pausing(false));
         let (_, notes) = open(fd);

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Bytes of the job's name in the file's.
@@ -119,6 +120,41 @@ pub(crate) fn path(plan: &Plan, settings: &Settings) -> PathBuf {
         end -= 1;
     }
     folder.unwrap_or(Path::new("")).join(format!("{}.dead-letters.jsonl", &settings.name[..end]))
+}
+
+/// Whether the file of `--dead-letters` could be written, if it had to be: what is found out only
+/// when a record has killed its worker holds that worker up. The outputs are claimed, so they exist.
+pub(crate) fn check(plan: &Plan, settings: &Settings) -> Result<(), Error> {
+    let Some(path) = &settings.dead_letters else { return Ok(()) };
+    let refuse =
+        |why: String| Err(Error::Usage(format!("--dead-letters {}: {why}", path.display())));
+    let number = |path: &Path| {
+        std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file).map(|m| (m.dev(), m.ino()))
+    };
+    let own = number(path);
+    let outputs = plan.outputs.iter().map(|(output, _)| &output.path);
+    if let Some(other) =
+        outputs.chain(&plan.inputs).find(|other| own.is_some() && number(other) == own)
+    {
+        return refuse(format!(
+            "the job uses {} for something else; choose another file",
+            other.display()
+        ));
+    }
+    // A named pipe without a reader would be waited for.
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
+    match options.open(path) {
+        Ok(_) if own.is_none() && number(path).is_some() => {
+            // It is made with its first line.
+            let _ = std::fs::remove_file(path);
+            Ok(())
+        }
+        Ok(_) => Ok(()),
+        Err(error) => {
+            refuse(format!("it cannot be written: {error}; name a file in a folder that is there"))
+        }
+    }
 }
 
 impl DeadLetters {

@@ -35,6 +35,7 @@ use crate::metrics::figures::ReplicaFigures;
 use crate::metrics::serve::MetricsServer;
 use crate::plan::Plan;
 use crate::plan::layout::JOURNAL_BYTES;
+use crate::sink::SinkHooks;
 use crate::testing::{Point, point};
 use crate::time::now_ns;
 use crate::worker::attach::ring_parts;
@@ -42,7 +43,8 @@ use crate::worker::entry::{JobFn, entry_offset};
 use crate::worker::inspect;
 use crate::worker::restore::Checkpoints;
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::net::TcpListener;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -238,9 +240,12 @@ struct Attempts {
 struct Prepared {
     surveys: Vec<String>,
     plan: Plan,
+    sinks: Vec<SinkHooks>,
     outputs: Outputs,
     folders: Option<Folders>,
     chosen: Option<Resumed>,
+    /// The epoch of each worker's cut that the checkpoint to go on from holds.
+    held: HashMap<usize, u64>,
     job_id: u64,
 }
 
@@ -308,17 +313,15 @@ impl Launch {
             crate::say!("testudo: the job had come to its end; there is nothing to go on with");
             return Ok(Report::nothing(&plan, &self.settings));
         };
-        let Prepared { surveys, plan, mut outputs, folders, chosen, job_id } = prepared;
-        outputs.place(self.keeper)?;
+        let mut prepared = prepared;
+        prepared.outputs.place(self.keeper)?;
+        let listener = self.listener()?;
         let notice = place(event_fd()?, self.keeper)?;
         let watch = Watch::start(Arc::clone(events), notice, self.keeper)?;
-        let checkpoints = folders.as_ref().map(|folders| Checkpoints {
-            folders: folders.paths(),
-            from: folders.word(),
-            job: job_id,
-            restore: chosen.as_ref().map(|chosen| chosen.restore.clone()),
-        });
-        let scene = Scene::build(&plan, self, surveys, checkpoints, &watch)?;
+        let (surveys, checkpoints) = (prepared.surveys.clone(), prepared.checkpoints());
+        let scene = Scene::build(&prepared.plan, self, surveys, checkpoints, &watch)?;
+        prepared.begin(&self.settings)?;
+        let Prepared { plan, outputs, folders, chosen, job_id, .. } = prepared;
         let chosen = chosen.as_ref();
         let mut checkpointer = folders
             .map(|all| Checkpointer::new(&plan, &self.settings, all, chosen, job_id, events))
@@ -328,13 +331,16 @@ impl Launch {
             checkpointer.announce(&plan, &scene, chosen);
             checkpointer.attend(board.externals.clone());
         }
-        let metrics = board.serve(&self.settings)?;
+        let listens = listener.as_ref().map(AsRawFd::as_raw_fd);
+        let metrics = listener.map(|listener| board.serve(listener)).transpose()?;
         let chronicle = Chronicle::create(self.keeper)?;
         let console = console::Kept::new(&plan, self.keeper, chronicle.console())?;
         let mut scribe = Scribe::new(chronicle, now_ns());
-        scribe.begin(&outputs.locks(), console.as_ref().map(console::Kept::ends));
+        let ends = console.as_ref().map(console::Kept::ends);
+        scribe.begin(&outputs.locks(), ends, listens);
         if let Some(line) = self.keeper {
-            hand_over(line, &scene, &outputs, console.as_ref(), &scribe)?;
+            let rest = [outputs.locks(), ends.into_iter().flatten().collect()].concat();
+            hand_over(line, &scene, rest.into_iter().chain(listens), &scribe)?;
         }
         let spawner = Spawner::new(self.keeper);
         let crew = Crew::start(&plan, &self.settings, &scene, &watch, spawner, self.entry)?;
@@ -411,7 +417,7 @@ impl Play<'_> {
 
 impl Launch {
     /// Everything up to the first segment: the folder, the checkpoint to go on from, the plan, the
-    /// outputs. `None` when the job that is to go on had come to its end.
+    /// claim to the outputs. `None` when the job that is to go on had come to its end.
     fn prepare(
         &mut self,
         build: &impl Fn(&Flow),
@@ -452,34 +458,23 @@ impl Launch {
         if let Some(chosen) = chosen.as_ref().filter(|_| !is_over) {
             Outputs::check(&plan, &sinks, chosen)?;
         }
-        let mut outputs = Outputs::claim(&plan, folders.is_some())?;
-        if let (Some(folders), Some(past)) =
-            (&folders, chosen.as_ref().and_then(|c| c.past.clone()))
-        {
-            // Nothing was changed before; from here on the newer checkpoint must not count.
-            let adopted = folders.current().ask(move |store| store.adopt(&past))?;
-            adopted.map_err(|error| Error::Checkpoint(error.to_string()))?;
-        }
-        match (&folders, &chosen) {
-            (_, Some(chosen)) if is_over => {
-                Outputs::end_again(&plan, &sinks, chosen)?;
-                return Ok(None);
-            }
-            (_, Some(chosen)) => Outputs::go_on(&plan, &sinks, chosen)?,
-            (Some(folders), None) => {
-                // Before outputs are emptied: a crash must not go on with what they had.
-                folders.in_each(move |store| store.reset(job_id))?;
-                outputs.empty(&plan)?;
-                Outputs::begin(&plan, &sinks)?;
-            }
-            (None, None) => outputs.empty(&plan)?,
-        }
-        let mut letters =
-            DeadLetters::new(dead_letters::path(&plan, &self.settings), &self.settings.name);
-        letters.withdraw(|worker, epoch| Held::by(held.get(&worker), epoch))?;
-        outputs.keep();
+        let outputs = Outputs::claim(&plan, folders.is_some())?;
+        dead_letters::check(&plan, &self.settings)?;
         let surveys = flow.draft.borrow().surveys.clone();
-        Ok(Some(Prepared { surveys, plan, outputs, folders, chosen, job_id }))
+        let mut prepared =
+            Prepared { surveys, plan, sinks, outputs, folders, chosen, held, job_id };
+        if is_over {
+            prepared.end_again()?;
+            return Ok(None);
+        }
+        Ok(Some(prepared))
+    }
+
+    /// Where metrics will be asked for, if the settings say so.
+    fn listener(&self) -> Result<Option<TcpListener>, Error> {
+        let Some(address) = self.settings.listen else { return Ok(None) };
+        let listener = place(MetricsServer::bind(address)?.into(), self.keeper)?;
+        Ok(Some(TcpListener::from(listener)))
     }
 
     /// The checkpoint to go on from, if the settings ask for one and there is one.
@@ -507,6 +502,12 @@ impl Launch {
             let flow = Flow::new(Rc::new(self.settings.clone()));
             build(&flow);
             let plan = Plan::new(&flow.draft.borrow(), &self.settings)?;
+            if let (Some(path), 0) = (&self.settings.print_to, flow.draft.borrow().prints) {
+                let path = path.display();
+                return Err(Error::Usage(format!(
+                    "--print-to {path}: this job prints nothing; leave it out"
+                )));
+            }
             let need = plan.layout.descriptors() + SPARE_DESCRIPTORS;
             if need <= limit {
                 if self.settings.key_groups < asked {
@@ -533,6 +534,59 @@ impl Launch {
     pub(crate) fn explain(mut self, build: impl Fn(&Flow)) -> Result<String, Error> {
         let (_, plan) = self.plan(&build)?;
         Ok(crate::plan::explain::text(&plan, &self.settings))
+    }
+}
+
+impl Prepared {
+    /// What workers need to know of checkpoints.
+    fn checkpoints(&self) -> Option<Checkpoints> {
+        self.folders.as_ref().map(|folders| Checkpoints {
+            folders: folders.paths(),
+            from: folders.word(),
+            job: self.job_id,
+            restore: self.chosen.as_ref().map(|chosen| chosen.restore.clone()),
+        })
+    }
+
+    /// From here on the checkpoint that was chosen is the newest.
+    fn adopt_past(&self) -> Result<(), Error> {
+        let past = self.chosen.as_ref().and_then(|chosen| chosen.past.clone());
+        if let (Some(folders), Some(past)) = (&self.folders, past) {
+            let adopted = folders.current().ask(move |store| store.adopt(&past))?;
+            adopted.map_err(|error| Error::Checkpoint(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// The job that is to go on had come to its end.
+    fn end_again(&mut self) -> Result<(), Error> {
+        self.adopt_past()?;
+        if let Some(chosen) = &self.chosen {
+            Outputs::end_again(&self.plan, &self.sinks, chosen)?;
+        }
+        Ok(())
+    }
+
+    /// The job begins: outputs are emptied, or brought to where the checkpoint knows them. What may
+    /// refuse a job has been asked before; nothing that is on the disk was changed so far.
+    fn begin(&mut self, settings: &Settings) -> Result<(), Error> {
+        let job_id = self.job_id;
+        self.adopt_past()?;
+        match (&self.folders, &self.chosen) {
+            (_, Some(chosen)) => Outputs::go_on(&self.plan, &self.sinks, chosen)?,
+            (Some(folders), None) => {
+                // Before outputs are emptied: a crash must not go on with what they had.
+                folders.in_each(move |store| store.reset(job_id))?;
+                self.outputs.empty(&self.plan)?;
+                Outputs::begin(&self.plan, &self.sinks)?;
+            }
+            (None, None) => self.outputs.empty(&self.plan)?,
+        }
+        let mut letters =
+            DeadLetters::new(dead_letters::path(&self.plan, settings), &settings.name);
+        letters.withdraw(|worker, epoch| Held::by(self.held.get(&worker), epoch))?;
+        self.outputs.keep();
+        Ok(())
     }
 }
 
@@ -1031,27 +1085,21 @@ pub(crate) fn renewed_ends(
 /// Names this process as the supervisor, for ps and top.
 pub(crate) fn name_supervisor() {
     // SAFETY: a NUL-terminated literal.
-    unsafe {
-        libc::prctl(libc::PR_SET_NAME, c"testudo-sup".as_ptr());
-        // A file that may not grow is then an error with a text.
-        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-    }
+    unsafe { libc::prctl(libc::PR_SET_NAME, c"testudo-sup".as_ptr()) };
 }
 
 /// Has the keeper hold all that a later supervisor needs, before the first worker is started.
 fn hand_over(
     line: &Line,
     scene: &Scene,
-    outputs: &Outputs,
-    console: Option<&console::Kept>,
+    rest: impl Iterator<Item = RawFd>,
     scribe: &Scribe,
 ) -> Result<(), Error> {
     let chronicle = scribe.fd().unwrap_or(-1);
     // It may have had supervisors before that came to nothing.
     scene.control_header.reign.store(line.role().reign, Ordering::Release);
     let mut fds = scene.descriptors();
-    fds.extend(outputs.locks());
-    fds.extend(console.iter().flat_map(|console| console.ends()));
+    fds.extend(rest);
     fds.push(chronicle);
     line.hold(&fds)?;
     line.begun(scene.control.raw_fd(), scene.control.len(), chronicle)

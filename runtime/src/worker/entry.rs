@@ -265,12 +265,11 @@ fn settle(role: &Role) {
         for signal in IGNORED {
             libc::signal(signal, libc::SIG_IGN);
         }
-        // A file that may not grow is then an error with a text.
-        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         let mut held = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
         libc::sigemptyset(held.as_mut_ptr());
         libc::sigprocmask(libc::SIG_SETMASK, held.as_ptr(), std::ptr::null_mut());
     }
+    crate::limits::refuse_long_files();
     OWED.store(role.small_pages, Ordering::Relaxed);
     // Nobody waits for the first process of a worker.
     if role.life == 0 && role.standby.is_none() && role.succession.is_none() {

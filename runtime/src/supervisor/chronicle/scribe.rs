@@ -60,9 +60,9 @@ impl Scribe {
     }
 
     /// The job begins.
-    pub(crate) fn begin(&mut self, locks: &[RawFd], console: Option<Ends>) {
+    pub(crate) fn begin(&mut self, locks: &[RawFd], console: Option<Ends>, metrics: Option<RawFd>) {
         let (ns, locks) = (self.begun_ns, locks.to_vec());
-        self.chronicle.note(&Note::Begun { ns, locks, console });
+        self.chronicle.note(&Note::Begun { ns, locks, console, metrics });
     }
 
     /// The job has a control socket.
@@ -128,6 +128,7 @@ pub(crate) struct Past {
     pub(crate) begun_ns: u64,
     pub(crate) locks: Vec<RawFd>,
     pub(crate) console: Option<Ends>,
+    pub(crate) metrics: Option<RawFd>,
     pub(crate) socket: Option<Kept>,
     pub(crate) restarts: Vec<Restart>,
     /// By worker: its commits at its latest death, and how its deaths count.
@@ -144,8 +145,9 @@ impl Past {
         let mut past = Self::default();
         for note in notes {
             match note {
-                Note::Begun { ns, locks, console } => {
-                    (past.begun_ns, past.locks, past.console) = (ns, locks, console);
+                Note::Begun { ns, locks, console, metrics } => {
+                    (past.begun_ns, past.locks) = (ns, locks);
+                    (past.console, past.metrics) = (console, metrics);
                 }
                 Note::Socket(socket) => past.socket = Some(socket),
                 Note::Restart { number, restart, commits, account } => {
@@ -197,7 +199,7 @@ mod tests {
             Note::Restart { number, restart, commits, account }
         };
         let past = Past::of(vec![
-            Note::Begun { ns: 9, locks: vec![70], console: None },
+            Note::Begun { ns: 9, locks: vec![70], console: None, metrics: None },
             note(0, restart(1, ""), 5),
             note(1, restart(0, ""), 5),
             note(0, restart(1, "SIGKILL"), 6),
