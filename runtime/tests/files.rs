@@ -750,6 +750,21 @@ fn a_header_without_a_needed_column_is_refused_before_any_output_is_touched() {
     assert_eq!(code, 3);
     assert_eq!(fs::read_to_string(&case.output).ok().as_deref(), Some("precious\n"));
 
+    let blank = "the first line, which names the columns, is blank";
+    for (content, why) in [
+        (&b"id,share\n"[..], "missing field `name`; the columns are id, share"),
+        (b"\nid,name,share\n1,a,2\n", &format!("missing field `id`; {blank}")),
+        (b" \t \r\nid,name,share\n1,a,2\n", &format!("missing field `id`; {blank}")),
+        (b"\"\"\n1,a,2\n", &format!("missing field `id`; {blank}")),
+        (b"\0\x01,\0\n1,2\n", "missing field `id`; the columns are \\0\\u{1}, \\0"),
+    ] {
+        fs::write(&case.input, content).expect("room for a file");
+        let (message, _) = run_failing(csv_to_file, &case.parameters(), settings(2));
+        let input = text(&case.input);
+        assert_eq!(message, format!("source rows: input file {input}: {why}"), "{content:?}");
+        assert_eq!(fs::read_to_string(&case.output).ok().as_deref(), Some("precious\n"));
+    }
+
     fs::write(&case.input, "id,name,id\n").expect("room for a file");
     let (message, _) = run_failing(csv_to_file, &case.parameters(), settings(2));
     assert_eq!(

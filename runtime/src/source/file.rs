@@ -11,6 +11,8 @@
 //! `split` cuts, `points` finds where, `lines` reads, `csv` and `json` decode, `rejects` describes
 //! what was refused.
 
+mod columns;
+
 mod csv;
 
 mod json;
@@ -120,6 +122,7 @@ fn csv_decoder<T: DeserializeOwned + 'static>(
         _ => Dialect::default(),
     };
     let mut decoder = CsvDecoder::new(dialect, header)?;
+    decoder.check_header::<T>()?;
     Ok(Box::new(move |line| decoder.decode::<T>(line)))
 }
 
@@ -159,8 +162,8 @@ impl<T> FileSource<T> {
 const TRIED: usize = 100;
 
 impl<T: Record> FileSource<T> {
-    /// Tries the header on the first records: where it lacks a column that the job needs, every
-    /// line of every file would be refused, so the job does not begin.
+    /// Tries the header on the type, and on the first records: where it lacks a column that the
+    /// job needs, every line of every file would be refused, so the job does not begin.
     fn check_header(&self, inputs: &[InputFile], framing: &Framing) -> Result<(), String> {
         let text = |error: lines::InputError| error.to_string();
         let Some(header) = split::header(inputs, framing).map_err(text)? else {

@@ -28,6 +28,7 @@ use crate::plan::{CounterKind, Plan};
 use crate::time::now_ns;
 use std::collections::{BTreeMap, VecDeque};
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use testudo_shm::counters::{Counter, ENTRY};
 use testudo_shm::header::{self, OutsideState, WorkerHeader, WorkerState};
@@ -227,10 +228,11 @@ impl Board {
         Ok(server)
     }
 
-    /// The same in a supervisor that took the job over: whoever scrapes does without, if it cannot
-    /// be, rather than the job. Nobody who asked meanwhile was refused.
-    pub(crate) fn serve_again(self: &Arc<Self>, listener: TcpListener) -> Option<MetricsServer> {
-        MetricsServer::start(listener, AtBoard(Arc::clone(self)))
+    /// The same in a supervisor that took the job over, with the listener of the one before: nobody
+    /// who asked meanwhile was refused. Whoever scrapes does without, if it cannot be, rather than
+    /// the job.
+    pub(crate) fn serve_again(self: &Arc<Self>, kept: Option<OwnedFd>) -> Option<MetricsServer> {
+        MetricsServer::start(TcpListener::from(kept?), AtBoard(Arc::clone(self)))
             .inspect_err(|error| crate::say!("testudo: no metrics any more: {error}"))
             .ok()
     }

@@ -123,7 +123,8 @@ pub(crate) fn path(plan: &Plan, settings: &Settings) -> PathBuf {
 }
 
 /// Whether the file of `--dead-letters` could be written, if it had to be: what is found out only
-/// when a record has killed its worker holds that worker up. The outputs are claimed, so they exist.
+/// when a record has killed its worker holds that worker up. The outputs are claimed, so they are
+/// there.
 pub(crate) fn check(plan: &Plan, settings: &Settings) -> Result<(), Error> {
     let Some(path) = &settings.dead_letters else { return Ok(()) };
     let refuse =

@@ -13,13 +13,18 @@
 //!
 //! Called by the file source for each record.
 
+use super::columns;
 use super::lines::Quoting;
 use csv::{ByteRecord, ErrorKind, StringRecord};
 use memchr::{memchr, memchr_iter};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 /// Characters of an offending value that a reason shows.
 const SHOWN: usize = 64;
+
+/// Characters of a header that are shown.
+const NAMES_SHOWN: usize = 400;
 
 /// How fields are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +78,18 @@ impl CsvDecoder {
             decoder.header = Some(names);
         }
         Ok(decoder)
+    }
+
+    /// Whether the header has what `T` needs, as far as that can be told without a record.
+    ///
+    /// # Errors
+    /// Which column it lacks.
+    pub fn check_header<T: DeserializeOwned>(&self) -> Result<(), String> {
+        let header = self.header.as_ref();
+        match header.and_then(columns::missing::<T>) {
+            Some(field) => Err(lacking(&format!("missing field `{field}`"), header)),
+            None => Ok(()),
+        }
     }
 
     /// Decodes one record; `T` may borrow its texts from the decoder.
@@ -184,12 +201,19 @@ fn reason(header: Option<&StringRecord>, record: &StringRecord, error: csv::Erro
     if let Some(index) = err.field().and_then(|field| usize::try_from(field).ok()) {
         return describe(header, index, record.get(index).unwrap_or_default(), &what);
     }
-    match header {
-        Some(header) if lacks_column(&what) => {
-            format!("{what}; the columns are {}", header.iter().collect::<Vec<_>>().join(", "))
-        }
-        _ => what,
+    if lacks_column(&what) { lacking(&what, header) } else { what }
+}
+
+/// A reason with the columns that there are.
+fn lacking(what: &str, header: Option<&StringRecord>) -> String {
+    let Some(header) = header else { return what.into() };
+    let names = header.iter().collect::<Vec<_>>().join(", ");
+    if names.trim_matches(|c: char| c.is_whitespace() || c == ',').is_empty() {
+        return format!("{what}; the first line, which names the columns, is blank");
     }
+    let shown: String = names.chars().take(NAMES_SHOWN).flat_map(char::escape_debug).collect();
+    let more = if names.chars().nth(NAMES_SHOWN).is_some() { "…" } else { "" };
+    format!("{what}; the columns are {shown}{more}")
 }
 
 /// Whether this is the reason of a record whose header lacks a column that its type needs: so it is

@@ -37,7 +37,6 @@ use crate::supervisor::spawn::Spawner;
 use crate::supervisor::steer::Steer;
 use crate::supervisor::watch::{Events, Watch};
 use crate::testing::{Point, point};
-use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -93,8 +92,7 @@ impl Launch {
         let begun_ns = past.begun_ns;
         let word = scene.control_header.folder.load(Ordering::Acquire);
         let board = Board::new(&plan, &self.settings, &scene, begun_ns);
-        let listener = past.metrics.map(|fd| TcpListener::from(inherited(fd)));
-        let metrics = listener.and_then(|listener| board.serve_again(listener));
+        let metrics = board.serve_again(past.metrics.map(inherited));
         let mut orders = match past.socket.clone() {
             Some(kept) => Orders::adopt(kept, events, begun_ns),
             None => Orders::open(&self.settings, events, begun_ns, Some(line)),
