@@ -31,7 +31,8 @@ const JOBS: Jobs = &[
 
 fn main() -> ExitCode {
     testudo::init();
-    common::host(
+    common::host_on(
+        2,
         JOBS,
         trials![
             a_full_output_is_waited_for_and_nothing_is_lost_or_doubled,

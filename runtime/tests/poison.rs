@@ -29,7 +29,8 @@ const JOBS: Jobs = &[
 
 fn main() -> ExitCode {
     testudo::init();
-    common::host(
+    common::host_on(
+        2,
         JOBS,
         trials![
             r17_a_poisoned_record_is_put_aside_and_the_rest_is_exact,

@@ -23,7 +23,8 @@ const JOBS: Jobs = &[("sums", sums), ("parts", parts), ("apart", apart), ("print
 
 fn main() -> ExitCode {
     testudo::init();
-    common::host(
+    common::host_on(
+        2,
         JOBS,
         trials![
             a_scribbled_undo_log_is_found_and_the_region_restored,
