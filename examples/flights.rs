@@ -229,6 +229,7 @@ fn run_on_january(arguments: &[std::ffi::OsString]) -> std::io::Result<std::conv
 }
 
 fn main() -> ExitCode {
+    testudo::init();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let is_told =
         |word: &str| arguments.iter().any(|argument| argument.to_string_lossy().starts_with(word));

@@ -53,7 +53,6 @@ fn run<O: Args>(
     build: impl Fn(&Flow, &O),
     after: impl FnOnce(&O, &crate::supervisor::report::Report) -> Result<(), String>,
 ) -> ExitCode {
-    crate::limits::refuse_long_files();
     let role = keeper::role::take();
     let program = role.as_ref().map_or_else(program_name, |role| role.name.clone());
     // Said here: the flattened arguments' own comments would stand in its place otherwise.

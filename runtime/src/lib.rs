@@ -81,11 +81,13 @@ pub use testudo_state as state;
 pub use {clap, serde, serde_json};
 
 /// First line of main in any program that runs jobs: in a worker process it runs the worker and
-/// does not return.
+/// does not return. A stack that is limited too far ends the process with a message, and a file that
+/// may not grow (`ulimit -f`) is an error from here on, not a signal.
 ///
 /// [`main`](fn@crate::main) calls it by itself.
 pub fn init() {
     limits::ensure_stack_or_exit(&cli::program_name());
+    limits::refuse_long_files();
     if let Some(role) = worker::entry::role()
         && role.entry != 0
     {
