@@ -81,8 +81,8 @@ pub use testudo_state as state;
 pub use {clap, serde, serde_json};
 
 /// First line of main in any program that runs jobs: in a worker process it runs the worker and
-/// does not return. A stack that is limited too far ends the process with a message, and a file that
-/// may not grow (`ulimit -f`) is an error from here on, not a signal.
+/// does not return. A stack that is limited too far ends the process with a message, and a file
+/// that may not grow (`ulimit -f`) is an error from here on, not a signal.
 ///
 /// [`main`](fn@crate::main) calls it by itself.
 pub fn init() {
