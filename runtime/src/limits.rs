@@ -2,8 +2,8 @@
 //! on which jobs are described and workers run, and the size of files.
 //!
 //! Where the stack's limit is lower than is needed, it is raised; a job that would overflow it is
-//! refused instead. Called by `init`, `cli` and `tool` before anything else, in functions that are
-//! small themselves: the kernel looks at the limit whenever the stack grows.
+//! refused instead. Called by `init` and `tool` before anything else, in functions that are small
+//! themselves: the kernel looks at the limit whenever the stack grows.
 
 #![expect(unsafe_code, reason = "reads and raises limits of this process")]
 

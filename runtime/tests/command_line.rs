@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     common::host(
         JOBS,
         trials![
+            every_bad_number_of_bytes_is_refused_with_what_it_should_be,
             every_bad_value_is_refused_with_what_it_should_be,
             every_bad_configuration_file_is_refused_with_its_place,
             outputs_that_cannot_be_written_are_refused,
@@ -92,22 +93,17 @@ fn refused(args: &[&str], code: i32, message: &str) {
     assert_eq!(ended.out, "", "{args:?}");
 }
 
-fn every_bad_value_is_refused_with_what_it_should_be() {
-    let most = testudo::config::usable_cores();
-    let ours = |args: &[&str], message: &str| refused(args, 2, &format!("job: {message}\n"));
-    let parsed = |args: &[&str], message: &str| {
-        refused(args, 2, &format!("error: {message}\n\nFor more information, try '--help'.\n"));
-    };
-    parsed(
-        &["--workers", "x"],
-        "invalid value 'x' for '--workers <N>': write a whole number, such as 2",
-    );
-    parsed(
-        &["--workers", "-1"],
-        "invalid value '-1' for '--workers <N>': write a whole number, such as 2",
-    );
-    ours(&["--workers", "0"], "--workers 0: a job has 1 to 120 workers");
-    ours(&["--workers", "121"], "--workers 121: a job has 1 to 120 workers");
+/// Refused by what the job's settings can be.
+fn ours(args: &[&str], message: &str) {
+    refused(args, 2, &format!("job: {message}\n"));
+}
+
+/// Refused while the arguments are read.
+fn parsed(args: &[&str], message: &str) {
+    refused(args, 2, &format!("error: {message}\n\nFor more information, try '--help'.\n"));
+}
+
+fn every_bad_number_of_bytes_is_refused_with_what_it_should_be() {
     ours(
         &["--ring-bytes", "5000"],
         "--ring-bytes 5000: a ring is a power of two from 4KiB to 1GiB, such as 8192",
@@ -136,6 +132,20 @@ fn every_bad_value_is_refused_with_what_it_should_be() {
          this machine can \
          address",
     );
+}
+
+fn every_bad_value_is_refused_with_what_it_should_be() {
+    let most = testudo::config::usable_cores();
+    parsed(
+        &["--workers", "x"],
+        "invalid value 'x' for '--workers <N>': write a whole number, such as 2",
+    );
+    parsed(
+        &["--workers", "-1"],
+        "invalid value '-1' for '--workers <N>': write a whole number, such as 2",
+    );
+    ours(&["--workers", "0"], "--workers 0: a job has 1 to 120 workers");
+    ours(&["--workers", "121"], "--workers 121: a job has 1 to 120 workers");
     for bad in ["1-", "", "1-0", "a", "0,,1", "5000", "-1", "0,-1"] {
         ours(&["--cores", bad], &format!("--cores {bad:?}: write core numbers, such as 0,2-5"));
     }

@@ -12,6 +12,7 @@
 //!
 //! Called by `care` at each look at a worker, and by `launch` before anything starts.
 
+use super::outputs;
 use crate::config::Settings;
 use crate::error::Error;
 use crate::plan::Plan;
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes of the job's name in the file's.
@@ -134,24 +135,23 @@ pub(crate) fn check(plan: &Plan, settings: &Settings) -> Result<(), Error> {
     };
     let own = number(path);
     let outputs = plan.outputs.iter().map(|(output, _)| &output.path);
-    if let Some(other) =
-        outputs.chain(&plan.inputs).find(|other| own.is_some() && number(other) == own)
-    {
-        return refuse(format!(
-            "the job uses {} for something else; choose another file",
-            other.display()
-        ));
+    let mut used = outputs.chain(&plan.inputs);
+    if let Some(other) = used.find(|other| own.is_some() && number(other) == own) {
+        let other = other.display();
+        return refuse(format!("the job uses {other} for something else; choose another file"));
     }
-    // A named pipe without a reader would be waited for.
-    let mut options = OpenOptions::new();
-    options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
-    match options.open(path) {
-        Ok(_) if own.is_none() && number(path).is_some() => {
-            // It is made with its first line.
-            let _ = std::fs::remove_file(path);
+    if own.is_none() && path.exists() && !path.is_dir() {
+        // A pipe or a device: opening it may wait, or do something.
+        return Ok(());
+    }
+    match outputs::open(path) {
+        Ok((_, is_new)) => {
+            if is_new {
+                // It is made with its first line. What cannot be removed stays, empty.
+                let _ = std::fs::remove_file(path);
+            }
             Ok(())
         }
-        Ok(_) => Ok(()),
         Err(error) => {
             refuse(format!("it cannot be written: {error}; name a file in a folder that is there"))
         }

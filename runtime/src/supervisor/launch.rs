@@ -308,12 +308,12 @@ impl Launch {
             // What an earlier attempt held: segments, and the locks of outputs.
             line.release()?;
         }
-        let Some(prepared) = self.prepare(build, &attempts.unusable, &mut attempts.resumed)? else {
+        let prepared = self.prepare(build, &attempts.unusable, &mut attempts.resumed)?;
+        let Some(mut prepared) = prepared else {
             let (_, plan) = self.plan(build)?;
             crate::say!("testudo: the job had come to its end; there is nothing to go on with");
             return Ok(Report::nothing(&plan, &self.settings));
         };
-        let mut prepared = prepared;
         prepared.outputs.place(self.keeper)?;
         let listener = self.listener()?;
         let notice = place(event_fd()?, self.keeper)?;

@@ -238,8 +238,8 @@ fn open_name(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Opens a file to be locked, and says whether it was not there before.
-fn open(path: &Path) -> std::io::Result<(File, bool)> {
+/// Opens a file for writing as it is, and says whether it was not there before.
+pub(super) fn open(path: &Path) -> std::io::Result<(File, bool)> {
     let mut options = OpenOptions::new();
     match options.write(true).create_new(true).open(path) {
         Ok(file) => Ok((file, true)),

@@ -269,7 +269,6 @@ fn settle(role: &Role) {
         libc::sigemptyset(held.as_mut_ptr());
         libc::sigprocmask(libc::SIG_SETMASK, held.as_ptr(), std::ptr::null_mut());
     }
-    crate::limits::refuse_long_files();
     OWED.store(role.small_pages, Ordering::Relaxed);
     // Nobody waits for the first process of a worker.
     if role.life == 0 && role.standby.is_none() && role.succession.is_none() {

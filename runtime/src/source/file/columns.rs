@@ -8,14 +8,14 @@
 //! Called by `csv` when it is given a header.
 
 use csv::StringRecord;
-use serde::de::value::StrDeserializer;
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, IntoDeserializer};
-use serde::de::{MapAccess, Visitor};
+use serde::de::value::MapDeserializer;
+use serde::de::{DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
 
 /// The field that `T` needs and no column has, if that can be told.
 pub fn missing<T: DeserializeOwned>(header: &StringRecord) -> Option<&'static str> {
-    match T::deserialize(Header(header)) {
+    let record = MapDeserializer::new(header.iter().map(|name| (name, Anything)));
+    match T::deserialize(record) {
         Err(Verdict::Missing(field)) => Some(field),
         Ok(_) | Err(Verdict::Open) => None,
     }
@@ -46,67 +46,18 @@ impl serde::de::Error for Verdict {
     }
 }
 
-/// A record with a header's columns.
-struct Header<'a>(&'a StringRecord);
-
-impl<'de> Deserializer<'de> for Header<'_> {
-    type Error = Verdict;
-
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Verdict> {
-        Err(Verdict::Open)
-    }
-
-    fn deserialize_newtype_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        visitor: V,
-    ) -> Result<V::Value, Verdict> {
-        visitor.visit_newtype_struct(self)
-    }
-
-    fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Verdict> {
-        visitor.visit_map(Columns(self.0.iter()))
-    }
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        _: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value, Verdict> {
-        self.deserialize_map(visitor)
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option
-        unit unit_struct seq tuple tuple_struct enum identifier ignored_any
-    }
-}
-
-/// The columns that are left.
-struct Columns<'a>(csv::StringRecordIter<'a>);
-
-impl<'de> MapAccess<'de> for Columns<'_> {
-    type Error = Verdict;
-
-    fn next_key_seed<K: DeserializeSeed<'de>>(
-        &mut self,
-        seed: K,
-    ) -> Result<Option<K::Value>, Verdict> {
-        let Some(name) = self.0.next() else { return Ok(None) };
-        let name: StrDeserializer<'_, Verdict> = name.into_deserializer();
-        seed.deserialize(name).map(Some)
-    }
-
-    fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, Verdict> {
-        seed.deserialize(Anything)
-    }
-}
-
 /// A value of the kind that is asked for.
 struct Anything;
 
-macro_rules! numbers {
+impl IntoDeserializer<'_, Verdict> for Anything {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+macro_rules! values {
     ($($ask:ident $give:ident)*) => {$(
         fn $ask<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Verdict> {
             visitor.$give(Default::default())
@@ -117,7 +68,7 @@ macro_rules! numbers {
 impl<'de> Deserializer<'de> for Anything {
     type Error = Verdict;
 
-    numbers! {
+    values! {
         deserialize_bool visit_bool
         deserialize_i8 visit_i8 deserialize_i16 visit_i16 deserialize_i32 visit_i32
         deserialize_i64 visit_i64 deserialize_i128 visit_i128
@@ -177,6 +128,9 @@ mod tests {
     struct Wrapped(#[expect(dead_code, reason = "as above")] Row);
 
     #[derive(Deserialize)]
+    struct Tuple(#[expect(dead_code, reason = "as above")] Row);
+
+    #[derive(Deserialize)]
     enum Kind {
         Large,
     }
@@ -212,6 +166,7 @@ mod tests {
         // No value of this type is made from nothing.
         assert_eq!(missing::<Kinds>(&header("kind,x")), None);
         assert_eq!(missing::<Kinds>(&header("x")), Some("kind"));
+        assert_eq!(missing::<Tuple>(&header("x")), None);
         assert_eq!(missing::<(u64, String)>(&header("a,b")), None);
         assert_eq!(missing::<u64>(&header("a")), None);
     }
